@@ -1,0 +1,115 @@
+"""What one image costs at a bandwidth: the currency in which a curriculum's budget is spent.
+
+A cost model is any callable `(Geometry) -> float`. Only ratios matter to the plan, so the unit is the model's own:
+multiply-adds of a forward pass, pixels, or seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mae_et.curriculum.stage import as_size, format_size
+
+TRAINING_FLOPS_PER_MULTIPLY_ADD = 6
+"""One forward and a backward of twice its cost, 2 FLOPs a multiply-add."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a cost model may look at: bandwidth in px (height, width), and how its patches are used."""
+
+    bandwidth: tuple[int, int]
+    tokens: int
+    visible: int
+
+    @property
+    def masked(self) -> int:
+        """Patches hidden from the encoder."""
+        return self.tokens - self.visible
+
+
+CostModel = Callable[[Geometry], float]
+
+
+class AreaCost:
+    """Pixels of the input, B^2: what the scripts of the EfficientTrain papers account with."""
+
+    unit = "pixels"
+
+    def __call__(self, geometry: Geometry) -> float:
+        height, width = geometry.bandwidth
+        return float(height * width)
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """Seconds per image measured on a machine, by bandwidth.
+
+    Attributes:
+        seconds: {B: seconds per image}; B as one number (square) or (height, width).
+    """
+
+    seconds: Mapping[int | tuple[int, int], float]
+    unit = "seconds"
+
+    def __call__(self, geometry: Geometry) -> float:
+        """Seconds per image.
+
+        Raises:
+            ValueError: there is no measurement for the bandwidth.
+        """
+        by_size = {as_size(size): seconds for size, seconds in self.seconds.items()}
+        if geometry.bandwidth not in by_size:
+            known = ", ".join(format_size(size) for size in by_size)
+            raise ValueError(
+                f"no measured cost for B={format_size(geometry.bandwidth)} px; the calibration holds {known}"
+            )
+        return by_size[geometry.bandwidth]
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Size of a stack of transformer blocks, in plain numbers."""
+
+    width: int
+    depth: int
+    mlp_ratio: float = 4.0
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Multiply-adds of the blocks on one sequence: projections and MLP linear in it, attention quadratic."""
+        linear = 4 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio)
+        attention = 2 * tokens * self.width
+        return self.depth * tokens * (linear + attention)
+
+
+@dataclass(frozen=True)
+class MAECost:
+    """Multiply-adds of a masked autoencoder's forward pass on one image.
+
+    Counted: patch embedding and encoder blocks on visible patches and the class token, decoder on all patches and
+    the class token, prediction head on masked patches. Left out, as below 1 %: LayerNorm, biases, softmax, GELU and
+    the making of the target.
+
+    Attributes:
+        encoder: encoder blocks.
+        decoder: decoder blocks.
+        patch_values: values in an input patch, C * p^2.
+        target_values: values predicted per patch.
+    """
+
+    encoder: TransformerShape
+    decoder: TransformerShape
+    patch_values: int
+    target_values: int
+    unit = "multiply-adds"
+
+    def __call__(self, geometry: Geometry) -> float:
+        encoded = geometry.visible + 1
+        return float(
+            geometry.visible * self.patch_values * self.encoder.width
+            + self.encoder.multiply_adds(encoded)
+            + encoded * self.encoder.width * self.decoder.width
+            + self.decoder.multiply_adds(geometry.tokens + 1)
+            + geometry.masked * self.decoder.width * self.target_values
+        )

@@ -1,0 +1,72 @@
+"""One stage of a curriculum, and the exact counting of patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+def as_size(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """(height, width) in px from one number (square) or a pair.
+
+    Raises:
+        ValueError: a side is not a positive whole number, or there are not one or two of them.
+    """
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(f"a size is one positive whole number or (height, width), in px; got {value!r}")
+    return sides
+
+
+def format_size(size: tuple[int, int]) -> str:
+    """`96` for a square, `96x192` (height x width) otherwise."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches in an image of `size` px.
+
+    Raises:
+        ValueError: the patch does not divide both sides.
+    """
+    if any(side % patch_size for side in size):
+        raise ValueError(f"B={format_size(size)} px is not a multiple of the patch size {patch_size} px")
+    return size[0] // patch_size, size[1] // patch_size
+
+
+def visible_tokens(tokens: int, mask_ratio: float) -> int:
+    """How many of `tokens` patches stay visible: floor(tokens * (1 - mask_ratio)), in exact arithmetic.
+
+    In floating point `int(100 * (1 - 0.8))` is 19; here it is 20. For MAE's ratio of 0.75 both give
+    9 of 36, 25 of 100 and 49 of 196.
+
+    Raises:
+        ValueError: the ratio is outside [0, 1), or no patch would stay visible.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1)")
+    visible = int(tokens * (1 - Fraction(str(mask_ratio))))
+    if visible < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {tokens} patches visible: lower the ratio")
+    return visible
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the budget at one bandwidth.
+
+    Attributes:
+        end: fraction of the curriculum's axis at which the stage ends, in (0, 1].
+        bandwidth: B, the (height, width) in px fed to the model; one number means a square.
+        mask_ratio: share of the patches hidden in this stage; None takes the plan's.
+    """
+
+    end: float
+    bandwidth: tuple[int, int]
+    mask_ratio: float | None = None
+
+    def __init__(self, end: float, bandwidth: int | tuple[int, int], mask_ratio: float | None = None):
+        object.__setattr__(self, "end", float(end))
+        object.__setattr__(self, "bandwidth", as_size(bandwidth))
+        object.__setattr__(self, "mask_ratio", mask_ratio)

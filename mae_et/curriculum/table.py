@@ -1,0 +1,63 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from mae_et.curriculum.plan import Plan
+from mae_et.curriculum.stage import format_size
+
+SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def quantity(value: float | None) -> str:
+    """A large number with an SI suffix: 11.0 G."""
+    if value is None:
+        return "-"
+    for factor, suffix in SUFFIXES:
+        if value >= factor:
+            return f"{value / factor:.3g} {suffix}"
+    return f"{value:.3g}"
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns padded to their widest cell, right-aligned, with a rule under the header."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plan_table(plan: Plan) -> str:
+    """Per stage what the model sees and spends, and the totals in equivalent epochs."""
+    header = ["stage", "B", "grid", "visible", "masked", "batch", "peak lr", "u"]
+    header += ["steps", "passes", "FLOPs/image", "FLOPs"]
+    rows = []
+    for stage in plan.stages:
+        total = None if stage.flops_per_image is None else stage.flops_per_image * stage.images
+        rows.append(
+            [
+                str(stage.index + 1),
+                format_size(stage.bandwidth),
+                f"{stage.grid[0]}x{stage.grid[1]}",
+                str(stage.visible),
+                str(stage.masked),
+                str(stage.batch),
+                f"{stage.peak_learning_rate:.3g}",
+                f"{stage.start:.2g}-{stage.end:.2g}",
+                f"{stage.steps:,}",
+                f"{stage.passes:.1f}",
+                quantity(stage.flops_per_image),
+                quantity(total),
+            ]
+        )
+    passes = sum(stage.passes for stage in plan.stages)
+    totals = (
+        f"{plan.name}: {plan.total_steps:,} steps, {plan.total_images:,} images, {passes:.1f} passes over "
+        f"{plan.images:,} images\n"
+        f"cost: {plan.equivalent_epochs:.1f} equivalent epochs at B={format_size(largest_bandwidth(plan))} "
+        f"(accounted in {plan.cost_unit}), {quantity(plan.total_flops)}FLOPs in all"
+    )
+    return f"{text_table(header, rows)}\n\n{totals}"
+
+
+def largest_bandwidth(plan: Plan) -> tuple[int, int]:
+    """The bandwidth whose cost is the unit of equivalent epochs."""
+    return max((stage.bandwidth for stage in plan.stages), key=lambda size: size[0] * size[1])

@@ -1,0 +1,143 @@
+"""From a configuration to a plan. Needs neither torch nor, if `data.images` is given, the data."""
+
+from __future__ import annotations
+
+from mae_et.config import ConfigError, PretrainConfig
+from mae_et.curriculum import (
+    AreaCost,
+    Curriculum,
+    LearningRate,
+    MAECost,
+    MeasuredCost,
+    Plan,
+    Stage,
+    TransformerShape,
+)
+from mae_et.curriculum.cost import CostModel
+from mae_et.curriculum.stage import as_size
+from mae_et.sizes import ENCODER_SIZES, EncoderSize, TargetKind, default_cell, target_values
+
+
+def final_size(config: PretrainConfig) -> tuple[int, int]:
+    """(height, width) in px of the last stage."""
+    try:
+        return as_size(config.data.size)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"data.size: {error}") from None
+
+
+def encoder_size(config: PretrainConfig) -> EncoderSize:
+    """Width, depth and heads: the named size with the numbers that the configuration changes."""
+    model, named = config.model, ENCODER_SIZES[config.model.name]
+    size = EncoderSize(model.width or named.width, model.depth or named.depth, model.heads or named.heads)
+    pairs = {
+        "model.width": (size.width, size.heads),
+        "model.decoder_width": (model.decoder_width, model.decoder_heads),
+    }
+    for key, (width, heads) in pairs.items():
+        if width % heads or width % 4:
+            raise ConfigError(f"{key}={width} must be a multiple of 4 and of its {heads} heads")
+    return size
+
+
+def hog_cell(config: PretrainConfig) -> int:
+    """HOG cell in px: the configured one, or half a patch."""
+    return config.target.cell or default_cell(config.model.patch_size)
+
+
+def peak_learning_rate(config: PretrainConfig) -> float:
+    """`optim.lr`, or MAE's rule: base_lr * batch / 256."""
+    return config.optim.lr or config.optim.base_lr * config.optim.batch / 256
+
+
+def model_cost(config: PretrainConfig) -> MAECost:
+    """Multiply-adds of the configured model by the geometry of a stage."""
+    model, size = config.model, encoder_size(config)
+    kind: TargetKind = config.target.kind  # pyright: ignore[reportAssignmentType] - validated by the configuration
+    values = target_values(kind, model.patch_size, config.data.channels, hog_cell(config), config.target.bins)
+    return MAECost(
+        encoder=TransformerShape(size.width, size.depth, model.mlp_ratio),
+        decoder=TransformerShape(model.decoder_width, model.decoder_depth, model.mlp_ratio),
+        patch_values=config.data.channels * model.patch_size**2,
+        target_values=values,
+    )
+
+
+def accounting(config: PretrainConfig) -> CostModel:
+    """The cost model that the budget is accounted in."""
+    kind = config.curriculum.cost
+    if kind == "measured":
+        try:
+            return MeasuredCost({int(size): seconds for size, seconds in config.curriculum.seconds.items()})
+        except ValueError:
+            raise ConfigError('curriculum.seconds must map B to seconds per image, e.g. {"96": 0.004}') from None
+    return AreaCost() if kind == "area" else model_cost(config)
+
+
+def build_curriculum(config: PretrainConfig) -> Curriculum:
+    """The configured schedule. MAE augments by crop and flip alone, so the magnitude stays 0.
+
+    Raises:
+        ConfigError: unknown preset, or stages that do not make a curriculum.
+    """
+    settings = config.curriculum
+    try:
+        if settings.stages is None:
+            name, patch_size = settings.preset or "baseline", config.model.patch_size
+            return Curriculum.preset(name, final_size(config), patch_size, magnitude=(0.0, 0.0))
+        stages = tuple(Stage(s.end, as_size(s.bandwidth), s.mask_ratio) for s in settings.stages)
+        if settings.axis == "epoch":
+            return Curriculum(stages, axis="epoch", magnitude=(0.0, 0.0))
+        return Curriculum(stages, magnitude=(0.0, 0.0))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"curriculum: {error}") from None
+
+
+def build_plan(config: PretrainConfig, images: int, ranks: int = 1) -> Plan:
+    """The run in steps.
+
+    Args:
+        config: of the run.
+        images: in the data set.
+        ranks: processes that share a batch.
+
+    Raises:
+        ConfigError: whatever `Curriculum.plan` refuses.
+    """
+    optim = config.optim
+    peak = peak_learning_rate(config)
+    try:
+        return build_curriculum(config).plan(
+            epochs=config.epochs,
+            images=images,
+            batch=optim.batch,
+            patch_size=config.model.patch_size,
+            mask_ratio=config.mask_ratio,
+            cell=hog_cell(config) if config.target.kind == "hog" else None,
+            cost=accounting(config),
+            flops=model_cost(config),
+            learning_rate=LearningRate(peak, optim.warmup, optim.min_lr),
+            drop_last=config.curriculum.drop_last,
+            ranks=ranks,
+            accumulation=optim.accumulation,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def number_of_images(config: PretrainConfig) -> int:
+    """`data.images`, or what a listing of the data counts; no image is opened.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if config.data.images is not None:
+        return config.data.images
+    from mae_et.data.sources import count_images  # imports torch, which a plan does without if it can
+
+    try:
+        return count_images(config.data.source, config.data.root, config.data.split)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{error}; or give the number of images: data.images=1281167") from None
