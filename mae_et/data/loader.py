@@ -1,0 +1,86 @@
+"""Requests to batches: workers without state, built once for a whole run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mae_et.data.requests import SampleRequest
+from mae_et.data.sources import Source
+
+
+class Batch(NamedTuple):
+    """What a worker hands over.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], -1 where there is none.
+        seeds: int64 [N], the samples' seeds; masks are drawn from them on the device.
+        indices: int64 [N], image indices in the source.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seeds: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copies do not wait for each other or for the host."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class RequestDataset(Dataset[Batch]):
+    """Turns lists of requests into batches.
+
+    Args:
+        source: images and labels by index.
+        transform: (uint8 [C, H, W], request) to uint8 [C, h, w] of the requested size, or of the final size where
+            the low-frequency crop is left to the device.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Tensor, SampleRequest], Tensor]):
+        self.source, self.transform = source, transform
+
+    def __getitems__(self, requests: list[SampleRequest]) -> Batch:
+        images = [self.transform(self.source.image(request.image), request) for request in requests]
+        return Batch(
+            images=torch.stack(images),
+            labels=torch.tensor([self.source.label(request.image) for request in requests]),
+            seeds=torch.tensor([request.seed for request in requests]),
+            indices=torch.tensor([request.image for request in requests]),
+        )
+
+
+def whole(batch: Any) -> Batch:
+    """Collate function: `__getitems__` returns a finished batch."""
+    return batch
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the training process.
+
+    A worker that dies of them would take the run down before it has saved.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(
+    dataset: RequestDataset, sampler: Sampler[list[SampleRequest]], workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """A loader for one pass of the sampler, which is a whole run: its workers live through all stages."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=whole,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+        prefetch_factor=4 if workers else None,
+    )
