@@ -1,4 +1,4 @@
-"""From a configuration to a plan. Needs neither torch nor, if `data.images` is given, the data."""
+"""From a configuration to a plan. Needs neither torch nor the data."""
 
 from __future__ import annotations
 
@@ -125,19 +125,3 @@ def build_plan(config: PretrainConfig, images: int, ranks: int = 1) -> Plan:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def number_of_images(config: PretrainConfig) -> int:
-    """`data.images`, or what a listing of the data counts; no image is opened.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    if config.data.images is not None:
-        return config.data.images
-    from mae_et.data.sources import count_images  # imports torch, which a plan does without if it can
-
-    try:
-        return count_images(config.data.source, config.data.root, config.data.split)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{error}; or give the number of images: data.images=1281167") from None

@@ -1,0 +1,111 @@
+"""Configurations: layers, errors that name the key, and the trip through YAML."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from mae_et.config import CHOICES, RANGES, ConfigError, PretrainConfig, differences, dump_config, load_config, validate
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_layers_override_each_other(tmp_path):
+    path = write(tmp_path, "epochs: 10\noptim: {batch: 64}\ndata: {root: /a, size: [32, 64]}\n")
+    config = load_config(path, ["optim.batch=128", "data.mean=[0.5]", "target.kind=pixel"])
+    assert (config.epochs, config.optim.batch, config.data.root, config.data.size) == (10, 128, "/a", [32, 64])
+    assert (config.data.mean, config.target.kind, config.mask_ratio) == ([0.5], "pixel", 0.75)
+    assert config.run == "runs/recipe"
+
+
+def test_defaults_are_the_papers_run():
+    config = load_config(None)
+    peak = config.optim.base_lr * config.optim.batch / 256
+    assert (config.epochs, config.mask_ratio, config.optim.batch, peak) == (400, 0.75, 4096, pytest.approx(2.4e-3))
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup) == ([0.9, 0.95], 0.05, 0.1)
+    assert (config.target.kind, config.curriculum.preset, config.data.scale) == ("hog", "efficienttrain_pp", [0.2, 1])
+
+
+def test_yaml_round_trip(tmp_path):
+    stages = "curriculum.stages=[{end: 0.5, bandwidth: 96}, {end: 1, bandwidth: [96, 192]}]"
+    config = load_config(None, ["run=x", stages])
+    again = load_config(write(tmp_path, dump_config(config)))
+    assert again == config
+    assert differences(config, again) == []
+    again.optim.batch = 8
+    assert differences(config, again) == ["optim.batch: 4096 -> 8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.base_lrr=1", "unknown key 'optim.base_lrr'; did you mean 'optim.base_lr'?"),
+        ("epoch=5", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("mask_ration=0.5", "did you mean 'mask_ratio'?"),
+        ("model.patchsize=16", "did you mean 'model.patch_size'?"),
+        ("optim.batch=many", "optim.batch"),
+        ("optim.batch=1.5", "optim.batch"),
+        ("data.flip=perhaps", "data.flip"),
+        ("optim=5", "optim"),
+        ("target.kind=hogg", "target.kind='hogg' is not one of hog, pixel, norm_pixel; did you mean 'hog'?"),
+        ("engine.precision=bfloat", "engine.precision='bfloat' is not one of"),
+        ("epochs=-5", "epochs=-5.0 is out of range: it must be above 0"),
+        ("epochs=inf", "epochs=inf is out of range"),
+        ("optim.base_lr=nan", "optim.base_lr=nan is out of range"),
+        ("mask_ratio=1", "mask_ratio=1.0 is out of range: it must be at least 0 and at most"),
+        ("evaluation.every=0", "evaluation.every=0.0 is out of range"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 is out of range: it must be at least 1"),
+        ("seed=-1", "seed=-1 is out of range"),
+        ("data.scale=[0.2]", "data.scale=[0.2] must be two positive numbers"),
+        ("data.ratio=[0.5,nan]", "data.ratio=[0.5, nan] must be two positive numbers"),
+        ("optim.batch", "override 'optim.batch' is not of the form key=value"),
+        ("=3", "override '=3' is not of the form key=value"),
+    ],
+)
+def test_bad_values_name_the_key(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no config file .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be read as YAML"):
+        load_config(write(tmp_path, "epochs: [1, 2\n"))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml must hold keys and values"):
+        load_config(write(tmp_path, "- 1\n- 2\n"))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key 'optm\.batch'; did you mean 'optim\.batch'\?"):
+        load_config(write(tmp_path, "optm: {batch: 5}\n"))
+
+
+def test_every_choice_and_range_names_a_key_that_exists():
+    config = PretrainConfig()
+    for key in (*CHOICES, *RANGES):
+        node = config
+        for part in key.split("."):
+            node = getattr(node, part)
+    validate(config)
+
+
+@pytest.mark.parametrize("key", list(RANGES))
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1])
+def test_no_number_may_be_negative_or_not_finite(key, value):
+    with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+        load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("command", [["pretrain.py"], ["-m", "mae_et", "plan"]])
+def test_a_typo_exits_with_2_and_one_line(repository, command):
+    recipe = repository / "configs" / "pretrain" / "demo.yaml"
+    line = [sys.executable, *command, "--config", str(recipe), "optim.batchh=8"]
+    done = subprocess.run(line, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: optim.batchh=8: unknown key 'optim.batchh'; did you mean 'optim.batch'?"
