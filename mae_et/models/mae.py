@@ -1,0 +1,167 @@
+"""The masked autoencoder: encode visible patches, predict the target of masked ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mae_et.models.decoder import Decoder
+from mae_et.models.encoder import Encoder
+from mae_et.models.masking import gather_tokens, split_by_noise
+from mae_et.models.posembed import PositionKind, sincos_positions
+from mae_et.models.targets import make_targets
+from mae_et.sizes import TargetKind, default_cell, target_values
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class MAEOutput(NamedTuple):
+    """Result of one forward pass.
+
+    Attributes:
+        loss: float32 scalar, mean squared error over masked patches and their values.
+        prediction, target: float32 [N, M, values], in the order of `masked_ids`.
+        visible_ids, masked_ids: int64 [N, V] and [N, M].
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    visible_ids: Tensor
+    masked_ids: Tensor
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (arXiv 2111.06377) with a choice of target, for any image size that the patch divides.
+
+    Args:
+        size: final (height, width) in px.
+        patch_size: px.
+        channels: of the images.
+        width, depth, heads, mlp_ratio: of the encoder; the defaults are ViT-B.
+        decoder_width, decoder_depth, decoder_heads: of the decoder.
+        target: "hog" (MaskFeat's, without blocks), "pixel" or "norm_pixel".
+        cell: HOG cell in px; None takes half a patch (2 px for 2-px patches).
+        bins: HOG orientations.
+        positions: kind of positions at grids other than the final one.
+        mean, std: per channel, for pixels in [0, 1]; None takes ImageNet's for 3 channels, else 0.5 and 0.25.
+
+    Raises:
+        ValueError: unknown target or positions, a size that the patch or a patch that the cell does not divide, or a
+            mean or std that is not one number per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        size: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        channels: int = 3,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        target: TargetKind = "hog",
+        cell: int | None = None,
+        bins: int = 9,
+        positions: PositionKind = "from_final",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.patch_size, self.channels, self.bins = patch_size, channels, bins
+        self.target: TargetKind = target
+        self.cell = default_cell(patch_size) if cell is None else cell
+        if any(side % patch_size for side in size):
+            raise ValueError(f"the patch of {patch_size} px does not divide the final size {size} px")
+        if target == "hog" and (self.cell < 1 or patch_size % self.cell):
+            raise ValueError(f"the HOG cell of {self.cell} px does not divide the patch of {patch_size} px")
+        outputs = target_values(target, patch_size, channels, self.cell, bins)
+        self.encoder = Encoder(size, patch_size, channels, width, depth, heads, mlp_ratio, positions)
+        self.decoder = Decoder(width, outputs, decoder_width, decoder_depth, decoder_heads, mlp_ratio)
+        self._decoder_positions: dict[tuple[int, int], Tensor] = {}
+        mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)
+        std = std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean {mean} and std {std} must be one number for each of {channels} channels")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """MAE's initialisation, from torch's global generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        projection = self.encoder.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)  # pyright: ignore[reportArgumentType]
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8, or float in [0, 1], [N, C, H, W] to the float32 input of the encoder.
+
+        Raises:
+            ValueError: another number of channels than the model's (one channel would broadcast unseen).
+        """
+        if images.shape[1] != self.channels:
+            raise ValueError(
+                f"images of {images.shape[1]} channels for a model of {self.channels}: convert them, "
+                f"or build the model with channels={images.shape[1]}"
+            )
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return (pixels - self.mean) / self.std
+
+    def targets(self, images: Tensor) -> Tensor:
+        """Targets of all patches, float32 [N, L, values], of uint8 or [0, 1] images [N, C, H, W]."""
+        return make_targets(self.target, images, self.normalise(images), self.patch_size, self.cell, self.bins)
+
+    def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings [1, 1 + L, D] of the decoder for a grid, on the model's device."""
+        known = self._decoder_positions.get(grid)
+        if known is None or known.device != self.mean.device:
+            encoder = self.encoder
+            table = sincos_positions(grid, self.decoder.width, encoder.final_grid, encoder.positions)
+            known = self._decoder_positions[grid] = table[None].to(self.mean.device)
+        return known
+
+    def forward(self, images: Tensor, noise: Tensor, visible: int) -> MAEOutput:
+        """Loss and predictions of one batch.
+
+        Args:
+            images: uint8, or float in [0, 1], [N, C, H, W]; the patch divides H and W.
+            noise: [N, L], as of `mask_noise`; the patches with the lowest values stay visible.
+            visible: how many do.
+
+        Raises:
+            ValueError: the noise does not match the patch grid, no patch is visible or none masked, or images do not
+                fit the model.
+        """
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        if noise.shape != (len(images), grid[0] * grid[1]):
+            raise ValueError(f"noise of shape {tuple(noise.shape)} for {len(images)} images of {grid} patches")
+        if not 0 < visible < noise.shape[1]:
+            raise ValueError(
+                f"{visible} of {noise.shape[1]} patches visible: at least one must be visible and one masked, "
+                "so choose another mask ratio"
+            )
+        visible_ids, masked_ids = split_by_noise(noise, visible)
+        encoded = self.encoder(self.normalise(images), visible_ids)
+        prediction = self.decoder(encoded, self.decoder_positions(grid), visible_ids, masked_ids).float()
+        target = gather_tokens(self.targets(images), masked_ids)
+        # Every sample has as many masked patches, so the plain mean is MAE's sum(mask * loss) / sum(mask).
+        loss = (prediction - target).square().mean()
+        return MAEOutput(loss, prediction, target, visible_ids, masked_ids)
