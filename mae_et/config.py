@@ -33,7 +33,7 @@ class DataConfig:
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area of RandomResizedCrop
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # aspect of RandomResizedCrop
     flip: bool = True
-    downsample: str = "resize"  # resize, lanczos, fourier, bilinear, nearest
+    downsample: str = "resize"  # resize, lanczos, fourier, fourier_pixel0, bilinear, nearest
     max_pixels: int = 100_000_000  # larger images are refused from their header
     workers: int | None = None  # processes per rank; null chooses by device and cores
 
@@ -176,7 +176,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         *("folder", "list", "fashion_mnist", "cifar10", "cifar100"),
         *("flowers102", "imagenet1k", "imagenet22k"),
     ),
-    "data.downsample": ("resize", "lanczos", "fourier", "bilinear", "nearest"),
+    "data.downsample": ("resize", "lanczos", "fourier", "fourier_pixel0", "bilinear", "nearest"),
     "model.name": ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"),
     "model.positions": ("from_final", "native", "interp"),
     "target.kind": ("hog", "pixel", "norm_pixel"),

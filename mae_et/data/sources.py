@@ -123,7 +123,7 @@ def _check(kind: str, split: str, channels: int) -> None:
     if kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, 1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ValueError(f"data.kind={kind} is unknown; {hint}There are {', '.join(KINDS)}")
+        raise ValueError(f"data.source={kind} is unknown; {hint}There are {', '.join(KINDS)}")
     if split not in _SPLITS[kind]:
         raise ValueError(f"{kind} has no split '{split}'; it has {', '.join(_SPLITS[kind])}")
     if channels not in (1, 3):
@@ -146,5 +146,5 @@ def _open_folders(
     folder = root / split if splits else root
     source = open_folder(f"{kind} {split}", folder, channels, max_pixels, extensions, classes)
     if kind != "folder" and not source.classes:
-        raise ValueError(f"{folder} should hold one folder a class and the images in those; see data.kind=folder")
+        raise ValueError(f"{folder} should hold one folder a class and the images in those; see data.source=folder")
     return source

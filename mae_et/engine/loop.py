@@ -1,0 +1,168 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from mae_et.curriculum.plan import Plan
+from mae_et.data.loader import Batch
+from mae_et.engine.distributed import any_rank
+from mae_et.engine.meter import Meter, TimedBatches, axes, row
+from mae_et.engine.state import TrainState
+from mae_et.engine.step import Prepare, train_step
+from mae_et.tracking.tracker import Tracker
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer found: numbers for the metrics, and pictures by name."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Looks at the model now and then: scores, pictures. Runs on the main rank and changes nothing."""
+
+    def due(self, plan: Plan, done: int) -> bool:
+        """Whether to look after `done` steps."""
+        ...
+
+    def observe(self, plan: Plan, done: int) -> Observation:
+        """Look."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop needs to know besides the plan.
+
+    Attributes:
+        accumulation, clip: of the step.
+        log_every: steps between rows of metrics.
+        save_every_steps, save_every_seconds: between checkpoints; None does not save for that reason.
+        max_skipped: steps in a row with non-finite gradients before the run stops.
+    """
+
+    accumulation: int = 1
+    clip: float | None = None
+    log_every: int = 20
+    save_every_steps: int | None = None
+    save_every_seconds: float | None = 900.0
+    max_skipped: int = 10
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+def train(
+    state: TrainState,
+    plan: Plan,
+    batches: Iterator[Batch],
+    prepare: Prepare,
+    config: LoopConfig,
+    tracker: Tracker,
+    save: Callable[[], None],
+    observers: Sequence[Observer] = (),
+) -> int | None:
+    """Run the plan from the state's step to its end, or until a signal.
+
+    Args:
+        state: changed in place.
+        plan: the whole run.
+        batches: micro-batches of this rank from the state's step on.
+        prepare: last change to images on the device.
+        config: intervals and limits.
+        tracker: receives rows and pictures; a silent one on all ranks but the main one.
+        save: writes a checkpoint of the state (and does nothing on other ranks).
+        observers: look at the model when they are due; none on other ranks.
+
+    Returns:
+        None when the plan is complete, else the number of the signal that ended it; either way the last state is
+        saved.
+
+    Raises:
+        TrainingError: too many steps in a row with non-finite gradients.
+    """
+    state.network.train()
+    timed, meter, last_save, clock = TimedBatches(batches), Meter(), time.monotonic(), time.perf_counter()
+    with StopSignal() as stop:
+        while state.step < plan.total_steps:
+            now = plan.at(state.step)
+            result = train_step(state, timed, now, prepare, config.accumulation, config.clip)
+            meter.add(state, result, now.batch, timed.take_waited())
+            state.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            done = state.step == plan.total_steps
+            if done or state.step % config.log_every == 0 or plan.at(state.step).stage is not now.stage:
+                tracker.log(row(plan, state, now, meter), state.step)
+                check_finite(state, config.max_skipped)
+                meter = Meter()
+            looked = observe(observers, plan, state, tracker)
+            overdue = config.save_every_seconds is not None and time.monotonic() - last_save > config.save_every_seconds
+            overdue |= config.save_every_steps is not None and state.step % config.save_every_steps == 0
+            stopping, saving = any_rank([stop.received is not None, overdue])
+            if done or stopping or saving:
+                save()
+                last_save = time.monotonic()
+            if stopping and not done:
+                return stop.received or signal.SIGTERM
+            if looked or saving:  # not training: neither counts as its time
+                clock = meter.started = time.perf_counter()
+    return None
+
+
+def check_finite(state: TrainState, limit: int) -> None:
+    """Stop a run whose gradients have not been finite for `limit` steps in a row."""
+    in_a_row = int(state.skipped_in_a_row.item())
+    if in_a_row >= limit and state.scaler is None:
+        raise TrainingError(
+            f"gradients were not finite for {in_a_row} steps in a row (engine.max_skipped={limit}) up to step "
+            f"{state.step}; the weights are those from before. Lower optim.base_lr, set optim.clip=1.0 or "
+            "engine.precision=fp32, and start again: the run continues from its last checkpoint"
+        )
+
+
+def observe(observers: Sequence[Observer], plan: Plan, state: TrainState, tracker: Tracker) -> bool:
+    """Let the observers that are due look; returns whether any did."""
+    due = [observer for observer in observers if observer.due(plan, state.step)]
+    for observer in due:
+        state.network.eval()
+        found = observer.observe(plan, state.step)
+        if found.metrics:
+            tracker.log({**axes(plan, state), **found.metrics}, state.step)
+        if found.pictures:
+            tracker.images(found.pictures, state.step)
+    if due:
+        state.network.train()
+    return bool(due)

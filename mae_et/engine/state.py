@@ -1,0 +1,82 @@
+"""Everything that a run changes as it goes, and its trip through a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae_et.engine.checkpoint import Checkpoint
+from mae_et.engine.optim import optimizer_tensors, restore_optimizer
+from mae_et.engine.precision import Precision
+
+
+@dataclass
+class TrainState:
+    """A model in training.
+
+    Attributes:
+        model: the bare model; what is saved.
+        network: the model as it is called, maybe wrapped for several ranks.
+        optimizer: of the model's parameters.
+        precision: autocast type.
+        device: where the model lives.
+        scaler: for fp16, else None.
+        step: steps done; the next step is this one.
+        seconds: spent in training so far, over all starts of the run.
+        skipped, skipped_in_a_row: steps whose gradients were not finite; float32 scalars on the device, so that
+            counting them does not wait for it.
+        loss_sum, loss_steps: of the steps since the last row of metrics; the sum a float32 scalar on the device.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    device: torch.device
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
+    seconds: float = 0.0
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
+    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    loss_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.skipped = self.skipped.to(self.device)
+        self.skipped_in_a_row = self.skipped_in_a_row.to(self.device)
+        self.loss_sum = self.loss_sum.to(self.device)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensor groups of a checkpoint: model and optimizer."""
+        return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+
+    def values(self) -> dict[str, Any]:
+        """JSON values of a checkpoint."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped.item(),
+            "skipped_in_a_row": self.skipped_in_a_row.item(),
+            "loss_sum": self.loss_sum.item(),
+            "loss_steps": self.loss_steps,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "precision": self.precision.name,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of the same model."""
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        restore_optimizer(self.model, self.optimizer, checkpoint.tensors["optimizer"])
+        values = checkpoint.state
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.skipped.fill_(values["skipped"])
+        self.skipped_in_a_row.fill_(values["skipped_in_a_row"])
+        self.loss_sum.fill_(values["loss_sum"])
+        self.loss_steps = values["loss_steps"]
+        if self.scaler is not None and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])

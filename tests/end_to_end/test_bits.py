@@ -1,0 +1,156 @@
+"""The same bits: whatever the workers, however often a run is interrupted, and even when it is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mae_et.config import load_config
+from mae_et.pretraining import pretrain
+from tests.end_to_end.tiny import arguments, history, run_here, weights
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory) -> Path:
+    """A whole run that keeps a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run_here(photos, run, "checkpoint.steps=1", "checkpoint.keep=1000")
+
+
+def test_the_run_is_long_enough_to_mean_something(uninterrupted):
+    rows = history(uninterrupted)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 20
+    assert {row["stage/bandwidth"] for row in rows} == {6, 12, 16}
+    assert rows[-1]["images_seen"] > 2 * 40
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_change_nothing(photos, uninterrupted, tmp_path, workers):
+    run = run_here(photos, tmp_path / "run", f"data.workers={workers}")
+    assert history(run) == history(uninterrupted)
+    assert weights(run) == weights(uninterrupted)
+
+
+def test_the_seed_changes_everything(photos, uninterrupted, tmp_path):
+    run = run_here(photos, tmp_path / "run", "seed=4")
+    assert all(a["train/loss"] != b["train/loss"] for a, b in zip(history(run), history(uninterrupted)))
+
+
+def interrupted_at(step: int, whole: Path, run: Path) -> Path:
+    """A run folder as a run that ended right after saving `step` leaves it, with rows of lost steps behind."""
+    run.mkdir()
+    for name in ("config.yaml", "plan.json", "metrics.jsonl"):
+        shutil.copy(whole / name, run)
+    shutil.copytree(whole / "checkpoints" / f"step-{step:08}", run / "checkpoints" / f"step-{step:08}")
+    return run
+
+
+def test_resuming_at_any_step_equals_not_stopping(photos, uninterrupted, tmp_path):
+    """Among them the middle of a pass, both stage boundaries, and the steps beside them."""
+    total = len(history(uninterrupted))
+    for step in range(1, total, 2):
+        run = interrupted_at(step, uninterrupted, tmp_path / f"from-{step}")
+        run_here(photos, run)
+        assert history(run) == history(uninterrupted), f"resumed after step {step}"
+        assert weights(run) == weights(uninterrupted), f"resumed after step {step}"
+
+
+@pytest.mark.parametrize("changes", [("optim.accumulation=2",), ("data.downsample=fourier", "tracking.every=4")])
+def test_resuming_under_accumulation_and_between_rows(photos, tmp_path, changes):
+    whole = run_here(photos, tmp_path / "whole", "checkpoint.steps=1", "checkpoint.keep=1000", *changes)
+    run = interrupted_at(10, whole, tmp_path / "resumed")
+    run_here(photos, run, *changes)
+    assert (history(run), weights(run)) == (history(whole), weights(whole))
+
+
+def test_accumulation_averages_the_same_images(photos, uninterrupted, tmp_path):
+    run = run_here(photos, tmp_path / "run", "optim.accumulation=4", "engine.precision=fp32")
+    whole = run_here(photos, tmp_path / "whole", "engine.precision=fp32")
+    losses = [[row["train/loss"] for row in history(path)] for path in (run, whole)]
+    # Equal but for the order of fp32 sums, whose differences training amplifies over the steps.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def start(photos: Path, run: Path, *changes: str) -> subprocess.Popen[str]:
+    repository = Path(__file__).resolve().parents[2]
+    config = repository / "configs" / "pretrain" / "demo.yaml"
+    line = [sys.executable, "pretrain.py", "--config", str(config), *arguments(photos, run, *changes)]
+    line += ["data.mean=null", "data.std=null"]
+    return subprocess.Popen(line, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_rows(run: Path, rows: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and (not (run / "metrics.jsonl").exists() or len(history(run)) < rows):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_signals_save_and_exit(photos, tmp_path, number, code):
+    # Long enough not to end by itself before the signal comes.
+    process = start(photos, tmp_path / "run", "epochs=1000", "data.workers=1")
+    wait_for_rows(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert f"{number.name}: saved at step" in output
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert int(newest.name.removeprefix("step-")) == history(tmp_path / "run")[-1]["step"]
+
+
+def test_a_signalled_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path):
+    process = start(photos, tmp_path / "run")
+    wait_for_rows(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    again = start(photos, tmp_path / "run")
+    output = again.communicate(timeout=60)[0]
+    assert again.returncode == 0, output
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+
+
+def killable(lines: list[str]) -> None:
+    """A run in a process of its own; at module level so that the fork server can import it."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives as long as the process
+    pretrain(load_config(None, lines))
+
+
+def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
+    """Ten runs, each killed at random instants until it completes: every one ends in the same weights.
+
+    A run saves after every second step, so that many kills fall within a save. The fork server has everything
+    imported, so that the time until a kill is spent in the run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_et.pretraining"])
+    chance, kills = random.Random(0), 0
+    for trial in range(10):
+        run = tmp_path / f"trial-{trial}"
+        lines = arguments(photos, run, "checkpoint.steps=2")
+        duration = 1.5
+        while True:
+            process = context.Process(target=killable, args=(lines,))
+            process.start()
+            process.join(chance.uniform(0.2, duration))
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL, f"trial {trial} failed by itself: {process.exitcode}"
+            duration *= 1.5
+        assert weights(run) == weights(uninterrupted), f"trial {trial}"
+        assert history(run) == history(uninterrupted), f"trial {trial}"
+    assert kills >= 10
