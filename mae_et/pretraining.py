@@ -131,7 +131,8 @@ def prepare_device(config: PretrainConfig) -> None:
     """Threads and matrix precision of this process."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
 
 def build_state(config: PretrainConfig, ranks: Ranks) -> TrainState:
@@ -157,18 +158,19 @@ def find_checkpoint(folder: RunFolder, resume: str, ranks: Ranks) -> Checkpoint 
     """The checkpoint to continue from, the same on all ranks; None begins anew.
 
     Raises:
-        ConfigError: `resume` is "never" and the folder already holds a run.
+        ConfigError: the folder already holds a run and `resume` does not continue it.
         CheckpointError: there are checkpoints, and none is whole.
     """
-    if resume not in ("auto", "never"):
-        return load_checkpoint(Path(resume))
     found = latest_checkpoint(folder.checkpoints) if ranks.is_main else None
-    path = from_main(None if found is None else str(found.path))
-    if path is None:
-        return None
-    if resume == "never":
-        raise ConfigError(f"{folder.path} already holds a run; choose another folder with run=..., or --resume auto")
-    return found or load_checkpoint(Path(path))
+    newest = from_main(None if found is None else str(found.path))
+    wanted = newest if resume == "auto" else None if resume == "never" else resume
+    if newest is not None and (wanted is None or Path(wanted).resolve() != Path(newest).resolve()):
+        # To go back within a folder would leave later checkpoints behind, from which a crash would resume.
+        raise ConfigError(
+            f"{folder.path} already holds a run, up to {newest}; continue that with --resume auto, or choose another "
+            "folder with run=..."
+        )
+    return None if wanted is None else found or load_checkpoint(Path(wanted))
 
 
 def check_same_run(folder: RunFolder, config: PretrainConfig, plan: Plan) -> None:
@@ -277,7 +279,11 @@ def _pretrain(config: PretrainConfig, resume: str, ranks: Ranks, folder: RunFold
     checkpoint = find_checkpoint(folder, resume, ranks)
     state = build_state(config, ranks)
     if checkpoint is not None:
-        state.restore(checkpoint)
+        try:
+            state.restore(checkpoint)
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise CheckpointError(f"{checkpoint.path} does not fit this configuration: {first}") from None
     workers = choose_workers(config, ranks)
     announce(config, folder, plan, state, ranks, workers, source, checkpoint, say)
 

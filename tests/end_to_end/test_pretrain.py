@@ -12,7 +12,7 @@ from PIL import Image
 
 from mae_et.config import ConfigError, load_config
 from mae_et.curriculum import Plan
-from mae_et.engine.checkpoint import latest_checkpoint
+from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint
 from mae_et.engine.loop import TrainingError
 from mae_et.engine.run_folder import RunFolder, RunFolderError
 from mae_et.pretraining import FREE_KEYS, pretrain
@@ -93,6 +93,19 @@ def test_another_configuration_is_refused_and_named(photos, tmp_path):
     run_here(photos, run, "tracking.every=5", "data.workers=1")
 
 
+def test_a_checkpoint_can_begin_a_run_in_another_folder_only(photos, tmp_path):
+    whole = run_here(photos, tmp_path / "whole", "checkpoint.steps=5", "checkpoint.keep=100")
+    earlier = str(whole / "checkpoints" / "step-00000010")
+    with pytest.raises(ConfigError, match=r"already holds a run, up to .*step-"):
+        pretrain(load_config(None, arguments(photos, whole)), resume=earlier, say=lambda _: None)
+    other = tmp_path / "other"
+    assert pretrain(load_config(None, arguments(photos, other)), resume=earlier, say=lambda _: None) == 0
+    assert history(other) == history(whole)[10:]
+    wider = load_config(None, arguments(photos, tmp_path / "third", "model.width=32"))
+    with pytest.raises(CheckpointError, match=r"step-00000010 does not fit this configuration: .*size mismatch"):
+        pretrain(wider, resume=earlier, say=lambda _: None)
+
+
 def test_free_keys_exist():
     config = load_config(None)
     for key in FREE_KEYS:
@@ -129,7 +142,7 @@ def test_a_bad_image_stops_the_run_by_name(photos, tmp_path):
 
 def test_gradients_that_are_never_finite_stop_the_run(photos, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(TrainingError, match=r"not finite for .* engine.max_skipped=3"):
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row \(engine\.max_skipped=3\)"):
         # Pixels divided by a deviation of 1e-30 overflow fp32 squares at once.
         run_here(photos, run, "target.kind=pixel", "data.std=[1e-30,1e-30,1e-30]", "engine.max_skipped=3")
     assert not list((run / "checkpoints").iterdir())
