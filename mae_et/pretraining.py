@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from mae_et.data.transforms import CropTransform
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from mae_et.engine.distributed import Ranks, from_main, join_ranks, leave_ranks, replicate
 from mae_et.engine.loop import LoopConfig, Observer, TrainingError, train
+from mae_et.engine.memory import keep_freed_memory
 from mae_et.engine.optim import build_optimizer
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder, RunFolderError, write_text_atomic
@@ -79,7 +81,11 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
 
 
 def build_source(config: PretrainConfig, split: str | None = None, evaluation: bool = False) -> Source:
-    """The images of a split; for scores, those of `evaluation.source` and `.root` where they are set."""
+    """The images of a split; for scores, those of `evaluation.source` and `.root` where they are set.
+
+    Raises:
+        ConfigError: there are none, or they cannot be downloaded.
+    """
     data = config.data
     kind, root = data.source, data.root
     if evaluation:
@@ -87,21 +93,24 @@ def build_source(config: PretrainConfig, split: str | None = None, evaluation: b
         # Another kind of source has a place of its own; the same kind may have another folder.
         root = other.root if other.source is not None or other.root is not None else root
         kind = other.source or kind
-    return open_source(
-        kind,
-        root=root,
-        split=split or data.split,
-        download=data.download,
-        channels=data.channels,
-        max_pixels=data.max_pixels,
-    )
+    try:
+        return open_source(kind, root, split or data.split, data.download, data.channels, data.max_pixels)
+    except (ValueError, RuntimeError, URLError) as error:  # torchvision's downloads raise all three
+        raise ConfigError(f"{'evaluation' if evaluation else 'data'}: {error}") from None
 
 
 def build_transform(config: PretrainConfig) -> CropTransform:
-    """Crop and flip in the worker, down to B unless the device does that."""
+    """Crop and flip in the worker, down to B unless the device does that.
+
+    Raises:
+        ConfigError: empty ranges of scale or ratio.
+    """
     data = config.data
     scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
-    return CropTransform(final_size(config), data.downsample, scale, ratio, data.flip)
+    try:
+        return CropTransform(final_size(config), data.downsample, scale, ratio, data.flip)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
 
 
 def build_prepare(config: PretrainConfig) -> Prepare:
@@ -128,7 +137,8 @@ def choose_workers(config: PretrainConfig, ranks: Ranks) -> int:
 
 
 def prepare_device(config: PretrainConfig) -> None:
-    """Threads and matrix precision of this process."""
+    """Threads, memory and matrix precision of this process."""
+    keep_freed_memory()
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     if torch.cuda.is_available():
@@ -367,5 +377,8 @@ def announce(
 
 def exit_with(error: Exception) -> int:
     """Print an error for people and return its exit code: 2 for a configuration, 1 for anything else."""
-    print(f"error: {error}", file=sys.stderr)
+    message = str(error)
+    if "Original Traceback" in message:  # from a DataLoader worker, whose traceback says nothing to a person
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    print(f"error: {message}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

@@ -12,10 +12,11 @@ from PIL import Image
 
 from mae_et.config import ConfigError, load_config
 from mae_et.curriculum import Plan
+from mae_et.data.decode import ImageError
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint
 from mae_et.engine.loop import TrainingError
 from mae_et.engine.run_folder import RunFolder, RunFolderError
-from mae_et.pretraining import FREE_KEYS, pretrain
+from mae_et.pretraining import FREE_KEYS, exit_with, pretrain
 from mae_et.report import evaluate_run
 from tests.end_to_end.tiny import arguments, history, run_here
 
@@ -124,20 +125,43 @@ def test_a_changed_data_set_is_refused(photos, tmp_path):
         run_here(fewer, run)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.root=null", "data: kind 'folder' needs the place of the images; set data.root=..."),
+        ("data.root=/nowhere", "data: /nowhere is not a folder; set data.root=..."),
+        ("data.scale=[0.9,0.2]", "data: crop scale (0.9, 0.2)"),
+        ("data.size=15", "15"),
+        ("model.width=18", "model.width=18 must be a multiple of 4 and of its 2 heads"),
+        ("target.cell=3", "the HOG cell of 3 px does not divide the patch of 2 px"),
+        ("evaluation.every=0.5", "evaluation: "),
+    ],
+)
+def test_what_cannot_run_says_so_before_it_starts(photos, tmp_path, change, message):
+    with pytest.raises(ConfigError) as caught:
+        run_here(photos, tmp_path / "run", change)
+    assert message in str(caught.value)
+
+
 def test_a_second_run_is_kept_out(photos, tmp_path):
     run = tmp_path / "run"
     with RunFolder(run), pytest.raises(RunFolderError, match="is in use by"):
         run_here(photos, run)
 
 
-def test_a_bad_image_stops_the_run_by_name(photos, tmp_path):
+def test_a_bad_image_stops_the_run_by_name(photos, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for path in photos.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "07.png").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"07\.png"):
+    with pytest.raises(ImageError, match=r"07\.png: not an image") as here:
         run_here(folder, tmp_path / "run")
+    with pytest.raises(ImageError, match=r"07\.png: not an image") as worker:
+        run_here(folder, tmp_path / "run", "data.workers=1")
+    for caught in (here, worker):
+        assert exit_with(caught.value) == 1
+        assert capsys.readouterr().err.startswith(f"error: {folder}/07.png: not an image")
 
 
 def test_gradients_that_are_never_finite_stop_the_run(photos, tmp_path):

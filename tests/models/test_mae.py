@@ -13,6 +13,7 @@ from torch import nn
 from mae_et.models.encoder import Encoder
 from mae_et.models.mae import IMAGENET_MEAN, IMAGENET_STD, MAEOutput, MaskedAutoencoder
 from mae_et.models.masking import gather_tokens, mask_noise
+from mae_et.models.posembed import sincos_positions
 from mae_et.ops import hog_targets, patchify, unpatchify
 from mae_et.sizes import ENCODER_SIZES
 
@@ -125,6 +126,20 @@ def test_hog_is_exact_on_uint8_and_unrounded_on_floats():
     assert torch.equal(exact.prediction, unrounded.prediction)
     # Gradients of 0 become rounding noise in floats, whose bin is another one: rare in noise, common in flat photos.
     assert 0 < (exact.target - unrounded.target).abs().gt(1e-3).double().mean() < 0.05
+
+
+@pytest.mark.parametrize(("cell", "bins"), [(2, 9), (8, 12)])
+def test_cell_and_bins_are_those_of_the_model(cell, bins):
+    model, images = small(cell=cell, bins=bins), picture_batch()
+    assert torch.equal(model.targets(images), hog_targets(images, 8, cell, bins))
+    assert run(model, images).prediction.shape[2] == 3 * bins * (8 // cell) ** 2
+
+
+@pytest.mark.parametrize("kind", ["from_final", "native", "interp"])
+def test_positions_of_the_decoder_are_of_the_same_kind(kind):
+    model = small(positions=kind)
+    for grid in [(6, 8), (2, 3), (8, 6), (2, 3)]:
+        assert torch.equal(model.decoder_positions(grid)[0], sincos_positions(grid, 16, (6, 8), kind))
 
 
 @pytest.mark.parametrize("target", TARGETS)
