@@ -15,7 +15,7 @@ from mae_et.curriculum import (
 )
 from mae_et.curriculum.cost import CostModel
 from mae_et.curriculum.stage import as_size
-from mae_et.sizes import ENCODER_SIZES, EncoderSize, TargetKind, default_cell, target_values
+from mae_et.sizes import ENCODER_SIZES, EncoderSize, TargetKind, hog_cell, target_values
 
 
 def final_size(config: PretrainConfig) -> tuple[int, int]:
@@ -40,11 +40,6 @@ def encoder_size(config: PretrainConfig) -> EncoderSize:
     return size
 
 
-def hog_cell(config: PretrainConfig) -> int:
-    """HOG cell in px: the configured one, or half a patch."""
-    return config.target.cell or default_cell(config.model.patch_size)
-
-
 def peak_learning_rate(config: PretrainConfig) -> float:
     """`optim.lr`, or MAE's rule: base_lr * batch / 256."""
     return config.optim.lr or config.optim.base_lr * config.optim.batch / 256
@@ -54,7 +49,7 @@ def model_cost(config: PretrainConfig) -> MAECost:
     """Multiply-adds of the configured model by the geometry of a stage."""
     model, size = config.model, encoder_size(config)
     kind: TargetKind = config.target.kind  # pyright: ignore[reportAssignmentType] - validated by the configuration
-    values = target_values(kind, model.patch_size, config.data.channels, hog_cell(config), config.target.bins)
+    values = target_values(kind, model.patch_size, config.data.channels, config.target.cell, config.target.bins)
     return MAECost(
         encoder=TransformerShape(size.width, size.depth, model.mlp_ratio),
         decoder=TransformerShape(model.decoder_width, model.decoder_depth, model.mlp_ratio),
@@ -107,13 +102,13 @@ def build_plan(config: PretrainConfig, images: int, ranks: int = 1) -> Plan:
     optim = config.optim
     peak = peak_learning_rate(config)
     try:
-        return build_curriculum(config).plan(
+        plan = build_curriculum(config).plan(
             epochs=config.epochs,
             images=images,
             batch=optim.batch,
             patch_size=config.model.patch_size,
             mask_ratio=config.mask_ratio,
-            cell=hog_cell(config) if config.target.kind == "hog" else None,
+            cell=hog_cell(config.model.patch_size, config.target.cell) if config.target.kind == "hog" else None,
             cost=accounting(config),
             flops=model_cost(config),
             learning_rate=LearningRate(peak, optim.warmup, optim.min_lr),
@@ -125,3 +120,7 @@ def build_plan(config: PretrainConfig, images: int, ranks: int = 1) -> Plan:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    for stage in plan.stages:
+        if not stage.masked:
+            raise ConfigError(f"{stage.name}: no patch is masked, so there is nothing to predict; raise mask_ratio")
+    return plan

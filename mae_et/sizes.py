@@ -24,17 +24,29 @@ ENCODER_SIZES = {
 }
 
 
-def default_cell(patch_size: int) -> int:
-    """HOG cell in px: half a patch, and the whole of a 2-px one, whose half would hold a single gradient."""
-    return patch_size if patch_size == 2 else patch_size // 2
+def hog_cell(patch_size: int, cell: int | None = None) -> int:
+    """HOG cell in px: the given one, or half a patch, or the whole of a 2-px one, whose half holds a single gradient.
+
+    Raises:
+        ValueError: the cell does not divide the patch.
+    """
+    if cell is None:
+        cell = 2 if patch_size == 2 else patch_size // 2
+    if cell < 1 or patch_size % cell:
+        raise ValueError(
+            f"patch_size {patch_size} is not a multiple of cell {cell}: give a `cell` that divides the patch"
+        )
+    return cell
 
 
-def target_values(kind: TargetKind, patch_size: int, channels: int, cell: int, bins: int) -> int:
+def target_values(kind: TargetKind, patch_size: int, channels: int, cell: int | None = None, bins: int = 9) -> int:
     """Values per patch: C * p^2 for pixels, C * bins * (p / cell)^2 for HOG (108 for RGB, 16-px patches, 8-px cells).
 
     Raises:
-        ValueError: unknown kind of target.
+        ValueError: unknown kind of target, or a HOG cell that does not divide the patch.
     """
     if kind not in get_args(TargetKind):
         raise ValueError(f"unknown target {kind!r}; known: {', '.join(get_args(TargetKind))}")
-    return channels * (bins * (patch_size // cell) ** 2 if kind == "hog" else patch_size**2)
+    if kind == "hog":
+        return channels * bins * (patch_size // hog_cell(patch_size, cell)) ** 2
+    return channels * patch_size**2

@@ -14,8 +14,9 @@ import torch
 from mae_et.__main__ import main
 from mae_et.config import PretrainConfig, load_config
 from mae_et.data.sources import count_images
-from mae_et.planning import build_plan, final_size, hog_cell, peak_learning_rate
+from mae_et.planning import build_plan, final_size, peak_learning_rate
 from mae_et.pretraining import build_model
+from mae_et.sizes import hog_cell
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
@@ -114,7 +115,7 @@ def check_model(config: PretrainConfig) -> None:
     """The model can be built; on the meta device, where weights take no memory."""
     with torch.device("meta"):
         model = build_model(config)
-    assert model.cell == hog_cell(config)
+    assert model.cell == config.target.cell
 
 
 @every_header
@@ -198,7 +199,8 @@ def test_rows_of_table_15_differ_in_nothing_else():
 def test_sizes_of_the_stages(name, cell, expected):
     path = REPOSITORY / "configs" / "pretrain" / f"{name}.yaml"
     assert sizes(path, []) == expected
-    assert hog_cell(load_config(path)) == cell
+    config = load_config(path)
+    assert hog_cell(config.model.patch_size, config.target.cell) == cell
 
 
 def test_cifar10_serves_cifar100():

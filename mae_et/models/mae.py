@@ -13,7 +13,7 @@ from mae_et.models.encoder import Encoder
 from mae_et.models.masking import gather_tokens, split_by_noise
 from mae_et.models.posembed import PositionKind, sincos_positions
 from mae_et.models.targets import make_targets
-from mae_et.sizes import TargetKind, default_cell, target_values
+from mae_et.sizes import TargetKind, target_values
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,12 +80,10 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.patch_size, self.channels, self.bins = patch_size, channels, bins
         self.target: TargetKind = target
-        self.cell = default_cell(patch_size) if cell is None else cell
+        self.cell = cell
         if any(side % patch_size for side in size):
             raise ValueError(f"the patch of {patch_size} px does not divide the final size {size} px")
-        if target == "hog" and (self.cell < 1 or patch_size % self.cell):
-            raise ValueError(f"the HOG cell of {self.cell} px does not divide the patch of {patch_size} px")
-        outputs = target_values(target, patch_size, channels, self.cell, bins)
+        outputs = target_values(target, patch_size, channels, cell, bins)
         self.encoder = Encoder(size, patch_size, channels, width, depth, heads, mlp_ratio, positions)
         self.decoder = Decoder(width, outputs, decoder_width, decoder_depth, decoder_heads, mlp_ratio)
         self._decoder_positions: dict[tuple[int, int], Tensor] = {}

@@ -18,7 +18,9 @@ def normalise_patches(patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def make_targets(kind: TargetKind, images: Tensor, normalised: Tensor, patch_size: int, cell: int, bins: int) -> Tensor:
+def make_targets(
+    kind: TargetKind, images: Tensor, normalised: Tensor, patch_size: int, cell: int | None, bins: int
+) -> Tensor:
     """Targets of all patches, float32 [N, L, values].
 
     Args:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from .patches import check_divisible
+from mae_et.ops.patches import check_divisible
+from mae_et.sizes import hog_cell
 
 # So many pixels at a time keep the intermediate results in a CPU's cache, which makes large batches 2x faster.
 CACHE_PIXELS = 2**18
@@ -46,7 +47,7 @@ def hog_targets(
     Source: MaskFeat (arXiv 2112.09133), section 3.2, and `HOGLayerC` of facebookresearch/SlowFast; used as MAE's target
     in EfficientTrain++ (arXiv 2405.08768), Table 15.
     """
-    cell = _checked_cell(patch_size, cell)
+    cell = hog_cell(patch_size, cell)
     check_divisible(images, patch_size)
     histograms = hog_cells(images, cell, bins, mean=mean, std=std)
     # On a CPU 50x faster than F.normalize, whose norm over the bins is not vectorised.
@@ -98,21 +99,6 @@ def hog_cells(
             magnitude = (gx * gx).addcmul_(gy, gy).sqrt_()
             histograms.append(pool(magnitude, _direction_bins(gx, gy, bins), cell, bins))
     return torch.cat(histograms) if len(histograms) > 1 else histograms[0]
-
-
-def hog_length(channels: int, patch_size: int = 16, cell: int | None = None, bins: int = 9) -> int:
-    """Numbers per token that `hog_targets` returns: 108 for 16-px RGB patches. Raises as `hog_targets` does."""
-    return channels * bins * (patch_size // _checked_cell(patch_size, cell)) ** 2
-
-
-def _checked_cell(patch_size: int, cell: int | None) -> int:
-    if cell is None:
-        cell = 2 if patch_size == 2 else patch_size // 2
-    if cell < 1 or patch_size % cell:
-        raise ValueError(
-            f"patch_size {patch_size} is not a multiple of cell {cell}: give a `cell` that divides the patch"
-        )
-    return cell
 
 
 def _pixel_values(images: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:

@@ -133,7 +133,8 @@ def test_a_changed_data_set_is_refused(photos, tmp_path):
         ("data.scale=[0.9,0.2]", "data: crop scale (0.9, 0.2)"),
         ("data.size=15", "15"),
         ("model.width=18", "model.width=18 must be a multiple of 4 and of its 2 heads"),
-        ("target.cell=3", "the HOG cell of 3 px does not divide the patch of 2 px"),
+        ("target.cell=3", "patch_size 2 is not a multiple of cell 3"),
+        ("mask_ratio=0", "stage 1 (B=6): no patch is masked, so there is nothing to predict; raise mask_ratio"),
         ("evaluation.every=0.5", "evaluation: "),
     ],
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 
-PATIENCE = 30  # seconds before a child counts as hung, and gets SIGALRM
+PATIENCE = 60  # seconds until a stuck child is ended; a busy machine may need many
 SKIP = 77  # exit code of a child that cannot do its test here
 # Everything of `os` through which a save touches the disk.
 CALLS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")

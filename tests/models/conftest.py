@@ -1,4 +1,4 @@
-"""One thread for models this small: on busy cores two threads wait for each other, and tests take 3x as long."""
+"""One thread for models this small: on busy cores two threads wait for each other, and tests take twice as long."""
 
 from __future__ import annotations
 

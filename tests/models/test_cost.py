@@ -12,7 +12,7 @@ from mae_et.curriculum.cost import TRAINING_FLOPS_PER_MULTIPLY_ADD, Geometry, MA
 from mae_et.curriculum.stage import visible_tokens
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masking import mask_noise
-from mae_et.sizes import ENCODER_SIZES, default_cell, target_values
+from mae_et.sizes import ENCODER_SIZES, target_values
 
 # name: final side, patch, channels, (width, depth, heads), decoder's, MLP ratio
 MODELS = {
@@ -38,7 +38,7 @@ def build(name: str, target: str) -> tuple[MaskedAutoencoder, MAECost]:
         *((side, side), patch, channels, *encoder, ratio, *decoder),
         target=target,  # pyright: ignore[reportArgumentType]
     )
-    values = target_values(model.target, patch, channels, default_cell(patch), 9)
+    values = target_values(model.target, patch, channels)
     shapes = (TransformerShape(width, depth, ratio) for width, depth, _ in (encoder, decoder))
     return model, MAECost(*shapes, patch_values=channels * patch**2, target_values=values)
 

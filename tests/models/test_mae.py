@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers.attention import Attention
 from torch import nn
 
 from mae_et.models.encoder import Encoder
@@ -259,6 +260,9 @@ def test_sizes_of_encoders(name, patch_size, expected):
         twin = timm.create_model(f"{name}_patch{patch_size}_224", num_classes=0, weight_init="skip")
     assert sum(p.numel() for p in twin.parameters()) == expected
     assert sum(p.numel() for p in ours.parameters()) + ours.pos_embed.numel() == expected
+    # Heads cost no parameters.
+    heads = {module.num_heads for module in twin.modules() if isinstance(module, Attention)}
+    assert heads == {ENCODER_SIZES[name].heads}
 
 
 def test_mistakes_are_refused():
@@ -287,9 +291,9 @@ def test_images_of_other_channels_are_refused(target):
         ({"target": "sift"}, "unknown target 'sift'; known: hog, pixel, norm_pixel"),
         ({"positions": "learned"}, "unknown kind of positions 'learned'"),
         ({"size": (48, 60)}, r"patch of 8 px does not divide the final size \(48, 60\)"),
-        ({"cell": 3}, "cell of 3 px does not divide the patch of 8 px"),
-        ({"cell": 0}, "cell of 0 px does not divide the patch of 8 px"),
-        ({"patch_size": 1}, "cell of 0 px does not divide the patch of 1 px"),
+        ({"cell": 3}, "patch_size 8 is not a multiple of cell 3"),
+        ({"cell": 0}, "patch_size 8 is not a multiple of cell 0"),
+        ({"patch_size": 1}, "patch_size 1 is not a multiple of cell 0"),
         ({"mean": (0.5,)}, "one number for each of 3 channels"),
         ({"channels": 1, "std": (0.2, 0.2, 0.2)}, "one number for each of 1 channels"),
         ({"width": 30}, "multiple of 4; got 30"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from mae_et.ops import hog, hog_cells, hog_length, hog_targets
+from mae_et.ops import hog, hog_cells, hog_targets
+from mae_et.sizes import target_values
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -89,7 +90,7 @@ def test_photos(shape, patch, cell, channels, bins):
     targets = hog_targets(images, patch, cell, bins)
     expected, _ = reference(images.numpy(), patch, cell, bins)
     assert targets.shape == expected.shape
-    assert targets.shape[-1] == hog_length(channels, patch, cell, bins)
+    assert targets.shape[-1] == target_values("hog", patch, channels, cell, bins)
     assert targets.dtype == torch.float32
     assert np.abs(targets.numpy() - expected).max() <= TOLERANCE
 
@@ -122,7 +123,7 @@ def test_default_cell(patch, cell):
 
 def test_length_of_an_rgb_patch():
     assert hog_targets(torch.zeros(1, 3, 96, 96)).shape == (1, 36, 108)
-    assert hog_length(3) == 108
+    assert target_values("hog", 16, 3) == 108
 
 
 def test_pictures_with_a_known_answer():
