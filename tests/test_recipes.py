@@ -22,20 +22,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-every_header = pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            id=path.stem,
-            marks=pytest.mark.skipif(
-                path.stem == "demo" and not path.read_text().startswith("#"), reason="demo.yaml has no header yet"
-            ),
-        )
-        for path in RECIPES
-    ],
-)
-
 # An NVIDIA H100's dense bf16 rate, as its data sheet gives it.
 H100_FLOPS = 989e12
 
@@ -98,7 +84,7 @@ def test_loads_and_plans(path):
     assert plan.equivalent_epochs == pytest.approx(config.epochs, rel=0.01)
 
 
-@every_header
+@every_recipe
 def test_a_header_gives_the_commands_and_they_load(path):
     trainings = commands(path, "pretrain.py")
     assert trainings
@@ -118,7 +104,7 @@ def check_model(config: PretrainConfig) -> None:
     assert model.cell == config.target.cell
 
 
-@every_header
+@every_recipe
 def test_the_cost_is_what_the_plan_command_prints(path, monkeypatch, capsys):
     (command,) = commands(path, "mae_et plan")
     assert command.words[:4] == ["python", "-m", "mae_et", "plan"]
@@ -131,7 +117,7 @@ def test_the_cost_is_what_the_plan_command_prints(path, monkeypatch, capsys):
     assert f", {cost[2]}FLOPs in all" in printed
 
 
-@every_header
+@every_recipe
 def test_gpu_hours_follow_from_their_assumption(path):
     """A recipe that was run here gives what it took, in its `here` line, and needs no estimate."""
     if written(path, r"here: (.+)")[1] != "not run here":
@@ -148,7 +134,7 @@ def test_gpu_hours_follow_from_their_assumption(path):
     assert decimals >= 1
 
 
-@every_header
+@every_recipe
 def test_a_header_says_what_was_published_and_what_was_run(path):
     published = written(path, r"published: (.+)")[1]
     assert published.startswith("no published result") or re.search(r"\d %", published)

@@ -91,15 +91,13 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _stage_spans(train: Sequence[Mapping[str, Any]]) -> list[_StageSpan]:
-    """Group consecutive rows by "stage/index"; a stage ends where the next one's first row lies."""
+    """Group consecutive rows by "stage/index"; a stage ends at its last row, which the loop logs at its last step."""
     spans: list[_StageSpan] = []
     for row in train:
         index, u = int(row.get("stage/index", 0)), float(row["compute/fraction"])
         if not spans or index != spans[-1].stage:
-            if spans:
-                spans[-1] = spans[-1]._replace(end=u)
             label = f"B = {row['stage/bandwidth']}" if "stage/bandwidth" in row else f"stage {index + 1}"
-            spans.append(_StageSpan(index, u if spans else 0.0, u, label))
+            spans.append(_StageSpan(index, spans[-1].end if spans else 0.0, u, label))
         else:
             spans[-1] = spans[-1]._replace(end=u)
     return spans

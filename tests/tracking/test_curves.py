@@ -52,7 +52,7 @@ def test_stages_meet_without_a_gap_and_carry_their_bandwidth():
     spans = _stage_spans([row for row in run(reached=0.5) if "train/loss" in row])
     assert [span.label for span in spans] == ["B = 96", "B = 160"]
     assert spans[0].begin == 0.0
-    assert spans[0].end == spans[1].begin == pytest.approx(0.335)
+    assert spans[0].end == spans[1].begin == pytest.approx(0.33)
     assert spans[1].end == 0.5
 
 
