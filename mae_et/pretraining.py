@@ -18,7 +18,7 @@ from mae_et.config import ConfigError, PretrainConfig, as_dict, differences, dum
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.table import plan_table
 from mae_et.data.decode import ImageError
-from mae_et.data.loader import RequestDataset, build_loader
+from mae_et.data.loader import RequestDataset, batches_of, build_loader
 from mae_et.data.sampler import PlanSampler
 from mae_et.data.sources import Source, open_source
 from mae_et.data.transforms import CropTransform
@@ -277,7 +277,7 @@ def pretrain(config: PretrainConfig, resume: str = "auto", say: Callable[[str], 
 
 
 def _pretrain(config: PretrainConfig, resume: str, ranks: Ranks, folder: RunFolder, say: Callable[[str], None]) -> int:
-    """`pretrain` on one rank, inside its locked folder."""
+    """`pretrain` on one rank, inside its locked folder: all that can be refused comes before anything is written."""
     # The main rank first: the others find what it has downloaded.
     if not ranks.is_main:
         from_main(None)
@@ -285,35 +285,24 @@ def _pretrain(config: PretrainConfig, resume: str, ranks: Ranks, folder: RunFold
     if ranks.is_main:
         from_main(None)
     plan = build_plan(config, len(source), ranks.count)
-    check_same_run(folder, config, plan)
+    dataset, prepare = RequestDataset(source, build_transform(config)), build_prepare(config)
     checkpoint = find_checkpoint(folder, resume, ranks)
-    state = build_state(config, ranks)
     if checkpoint is not None:
-        try:
-            state.restore(checkpoint)
-        except (RuntimeError, ValueError, KeyError) as error:
-            first = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise CheckpointError(f"{checkpoint.path} does not fit this configuration: {first}") from None
+        check_same_run(folder, config, plan)
+    state = build_state(config, ranks)
+    restore(state, checkpoint)
     workers = choose_workers(config, ranks)
+    observers = build_observers(config, folder, state, source, workers) if ranks.is_main else []
     announce(config, folder, plan, state, ranks, workers, source, checkpoint, say)
 
-    tracker: Tracker = MultiTracker([])
-    observers: list[Observer] = []
-    if ranks.is_main:
-        write_text_atomic(folder.config_path, dump_config(config))
-        write_text_atomic(folder.plan_path, json.dumps(plan.to_dict(), indent=1))
-        if folder.metrics_path.exists():
-            truncate_metrics(folder.metrics_path, state.step)
-        tracker = build_tracker(config, folder, plan)
-        observers = build_observers(config, folder, state, source, workers)
-
     sampler = PlanSampler(plan, config.seed, state.step, ranks.rank, ranks.count, config.optim.accumulation)
-    dataset = RequestDataset(source, build_transform(config))
     loader = build_loader(dataset, sampler, workers, pin_memory=ranks.device.type == "cuda")
     save = partial(save_state, state, folder, config.checkpoint.keep, ranks)
+    tracker = open_records(config, folder, plan, state.step) if ranks.is_main else MultiTracker([])
     exit_code = 1
     try:
-        ended = train(state, plan, iter(loader), build_prepare(config), loop_config(config), tracker, save, observers)
+        with batches_of(loader) as batches:
+            ended = train(state, plan, batches, prepare, loop_config(config), tracker, save, observers)
         exit_code = 0 if ended is None else 128 + ended
     finally:
         tracker.finish(exit_code)
@@ -322,6 +311,30 @@ def _pretrain(config: PretrainConfig, resume: str, ranks: Ranks, folder: RunFold
     else:
         say(f"complete: {plan.total_steps:,} steps in {state.seconds / 60:.1f} min; everything is in {folder.path}")
     return exit_code
+
+
+def restore(state: TrainState, checkpoint: Checkpoint | None) -> None:
+    """Continue from a checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    if checkpoint is None:
+        return
+    try:
+        state.restore(checkpoint)
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise CheckpointError(f"{checkpoint.path} does not fit this configuration: {first}") from None
+
+
+def open_records(config: PretrainConfig, folder: RunFolder, plan: Plan, step: int) -> Tracker:
+    """Write down what is about to run, drop rows of steps that were lost, and open the trackers."""
+    write_text_atomic(folder.config_path, dump_config(config))
+    write_text_atomic(folder.plan_path, json.dumps(plan.to_dict(), indent=1))
+    if folder.metrics_path.exists():
+        truncate_metrics(folder.metrics_path, step)
+    return build_tracker(config, folder, plan)
 
 
 def save_state(state: TrainState, folder: RunFolder, keep: int, ranks: Ranks) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,14 +62,19 @@ def whole(batch: Any) -> Batch:
     return batch
 
 
-def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the training process.
+GRACE_SECONDS = 30
 
-    A worker that dies of them would take the run down before it has saved.
+
+def outlive_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which often reach all processes of a job, to the training process.
+
+    A worker that died of them at once would take the run down before it has saved. After SIGTERM it serves on for
+    `GRACE_SECONDS`, so that nothing waits for it for ever.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(GRACE_SECONDS))
 
 
 def build_loader(
@@ -81,6 +87,21 @@ def build_loader(
         num_workers=workers,
         collate_fn=whole,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
         prefetch_factor=4 if workers else None,
     )
+
+
+@contextmanager
+def batches_of(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """One pass over a loader; its workers end with the block, also when an error leaves it.
+
+    Otherwise they would live for as long as something refers to the error's traceback.
+    """
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        shut_down = getattr(iterator, "_shutdown_workers", None)  # what torch itself calls when an iterator dies
+        if shut_down is not None:
+            shut_down()

@@ -148,8 +148,8 @@ def check_finite(state: TrainState, limit: int) -> None:
     if in_a_row >= limit and state.scaler is None:
         raise TrainingError(
             f"gradients were not finite for {in_a_row} steps in a row (engine.max_skipped={limit}) up to step "
-            f"{state.step}; the weights are those from before. Lower optim.base_lr, set optim.clip=1.0 or "
-            "engine.precision=fp32, and start again: the run continues from its last checkpoint"
+            f"{state.step}; the weights are those from before. engine.precision=fp32 continues the run from its last "
+            "checkpoint; a lower optim.base_lr or optim.clip=1.0 is another run, with run=..."
         )
 
 

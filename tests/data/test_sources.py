@@ -267,7 +267,7 @@ def test_a_split_that_is_not_there(kind, split, has):
 
 def test_unknown_kind():
     with pytest.raises(
-        ValueError, match=r"data\.kind=fashionmnist is unknown; did you mean 'fashion_mnist'\?"
+        ValueError, match=r"data\.source=fashionmnist is unknown; did you mean 'fashion_mnist'\?"
     ) as caught:
         open_source("fashionmnist")
     assert all(kind in str(caught.value) for kind in KINDS)

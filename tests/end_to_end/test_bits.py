@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,32 @@ def test_accumulation_averages_the_same_images(photos, uninterrupted, tmp_path):
 
 def start(photos: Path, run: Path, *changes: str) -> subprocess.Popen[str]:
     repository = Path(__file__).resolve().parents[2]
-    config = repository / "configs" / "pretrain" / "demo.yaml"
+    config = run.parent / "empty.yaml"
+    config.write_text("{}\n")
     line = [sys.executable, "pretrain.py", "--config", str(config), *arguments(photos, run, *changes)]
-    line += ["data.mean=null", "data.std=null"]
     return subprocess.Popen(line, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_rows(run: Path, rows: int, process: subprocess.Popen[str]) -> None:
     while process.poll() is None and (not (run / "metrics.jsonl").exists() or len(history(run)) < rows):
         time.sleep(0.01)
+
+
+def test_sigterm_to_all_processes_of_a_job_saves_too(photos, tmp_path):
+    process = start(photos, tmp_path / "run", "epochs=1000", "data.workers=2")
+    wait_for_rows(tmp_path / "run", 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    for pid in (*workers, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert "SIGTERM: saved at step" in output
+    # The workers are gone with their run, and not only after their grace.
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
@@ -126,8 +144,20 @@ def killable(lines: list[str]) -> None:
     pretrain(load_config(None, lines))
 
 
+def seconds_until(process: BaseProcess, limit: float) -> float:
+    """Wait for a process, at most so many seconds, and kill it then; returns how long it ran."""
+    started = time.monotonic()
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), f"the run failed by itself: {process.exitcode}"
+    return time.monotonic() - started
+
+
 def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
-    """Ten runs, each killed at random instants until it completes: every one ends in the same weights.
+    """Ten runs, each killed at two random instants: every one ends in the same weights and the same metrics.
 
     A run saves after every second step, so that many kills fall within a save. The fork server has everything
     imported, so that the time until a kill is spent in the run.
@@ -135,22 +165,21 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mae_et.pretraining"])
     chance, kills = random.Random(0), 0
+
+    def process(run: Path) -> BaseProcess:
+        return context.Process(target=killable, args=(arguments(photos, run, "checkpoint.steps=2"),))
+
+    seconds_until(process(tmp_path / "warm"), 120)
+    whole = seconds_until(process(tmp_path / "whole"), 120)
     for trial in range(10):
         run = tmp_path / f"trial-{trial}"
-        lines = arguments(photos, run, "checkpoint.steps=2")
-        duration = 1.5
-        while True:
-            process = context.Process(target=killable, args=(lines,))
-            process.start()
-            process.join(chance.uniform(0.2, duration))
-            if process.is_alive():
-                process.kill()
-                kills += 1
-            process.join()
-            if process.exitcode == 0:
-                break
-            assert process.exitcode == -signal.SIGKILL, f"trial {trial} failed by itself: {process.exitcode}"
-            duration *= 1.5
+        for _ in range(2):
+            attempt = process(run)
+            seconds_until(attempt, chance.uniform(0, 0.9 * whole))
+            kills += attempt.exitcode != 0
+        last = process(run)
+        seconds_until(last, 120)
+        assert last.exitcode == 0, f"trial {trial} did not complete"
         assert weights(run) == weights(uninterrupted), f"trial {trial}"
         assert history(run) == history(uninterrupted), f"trial {trial}"
     assert kills >= 10
