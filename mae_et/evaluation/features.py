@@ -72,7 +72,7 @@ def extract_features(
     loader = build_loader(dataset, _InOrder(indices, size, batch), workers, pin_memory=False)
     features, labels = [], []
     for images in loader:
-        with torch.inference_mode():
+        with torch.no_grad():
             features.append(embed(images.images).float().cpu())
         labels.append(images.labels)
     targets = torch.cat(labels).numpy()

@@ -60,7 +60,7 @@ class PictureObserver:
         self.draw(stage, path)
         return Observation(pictures={f"pictures/{path.stem}": path})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw(self, stage: PlannedStage, path: Path) -> None:
         """Write the panel of one stage."""
         model, device = self.model, self.model.mean.device

@@ -183,3 +183,22 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
         assert weights(run) == weights(uninterrupted), f"trial {trial}"
         assert history(run) == history(uninterrupted), f"trial {trial}"
     assert kills >= 10
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own
+def test_wandb_changes_nothing_and_a_resumed_run_is_the_same_run(photos, uninterrupted, tmp_path, monkeypatch):
+    for name in ("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    run = interrupted_at(9, uninterrupted, tmp_path / "run")
+    run_here(photos, run, "tracking.wandb=offline", "checkpoint.steps=1", "checkpoint.keep=1000")
+    first = (run / "wandb_run_id.txt").read_text().strip()
+    again = interrupted_at(15, run, tmp_path / "again")
+    shutil.copy(run / "wandb_run_id.txt", again)
+    run_here(photos, again, "tracking.wandb=offline")
+    assert history(run) == history(again) == history(uninterrupted)
+    assert weights(run) == weights(again) == weights(uninterrupted)
+    for folder in (run, again):
+        (logged,) = (folder / "wandb").glob(f"offline-run-*-{first}")
+        assert (logged / f"run-{first}.wandb").stat().st_size > 1000

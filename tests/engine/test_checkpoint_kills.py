@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,69 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+from tests.engine.children import start_child, wait_child
+from tests.engine.saves import assert_loads, assert_same_bits, names, save
 
-PATIENCE = 60  # seconds until a stuck child is ended; a busy machine may need many
 SKIP = 77  # exit code of a child that cannot do its test here
 # Everything of `os` through which a save touches the disk.
 CALLS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")
 
 
-def content(step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What a tiny run saves at a step; every value depends on the step."""
-    generator = torch.Generator().manual_seed(step)
-    weight = torch.randn(8, 6, generator=generator)
-    tensors = {
-        "model": {"blocks.0.weight": weight, "norm.bias": weight[0].clone()},
-        "optimizer": {"blocks.0.weight.exp_avg": weight * 1e-3, "norm.bias.step": torch.tensor(float(step))},
-    }
-    return tensors, {"samples_seen": step * 64, "sampler": {"seed": 1, "position": [step, 0]}, "run_id": "a1"}
-
-
-def save(folder: Path, step: int, keep: int = 3, seed: int | None = None) -> Path:
-    return save_checkpoint(folder, step, *content(step if seed is None else seed), keep=keep)
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor)]
-        assert torch.equal(*bits), name
-
-
-def assert_loads(folder: Path, step: int, seed: int | None = None, warn: Callable[[str], None] | None = None):
-    found = latest_checkpoint(folder, warn or pytest.fail)
-    assert found is not None
-    tensors, state = content(step if seed is None else seed)
-    assert (found.step, found.state) == (step, state)
-    assert found.tensors.keys() == tensors.keys()
-    for group, expected in tensors.items():
-        assert_same_bits(found.tensors[group], expected)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def wait_child(body: Callable[[], Any]) -> int:
+def run_child(body: Callable[[], Any]) -> int:
     """Exit code (negative for a signal) of a forked child that runs `body`; a hung child fails the test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python >= 3.12 warns of fork beside threads
-        pid = os.fork()
-    if pid == 0:
-        signal.alarm(PATIENCE)
-        try:
-            body()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return wait_child(start_child(body))
 
 
 def killed(n: int, body: Callable[[], Any]) -> bool:
@@ -104,14 +53,14 @@ def killed(n: int, body: Callable[[], Any]) -> bool:
             setattr(os, name, hooked(name, getattr(os, name)))
         body()
 
-    code = wait_child(with_hooks)
+    code = run_child(with_hooks)
     assert code in (0, -signal.SIGKILL)
     return code != 0
 
 
 def test_leftovers_of_dead_writers_are_removed(tmp_path, monkeypatch):
-    wait_child(lambda: (tmp_path / f"step-00000001.tmp-{os.getpid()}").mkdir())
-    wait_child(lambda: (tmp_path / f"step-00000001.trash-{os.getpid()}-3").mkdir())
+    run_child(lambda: (tmp_path / f"step-00000001.tmp-{os.getpid()}").mkdir())
+    run_child(lambda: (tmp_path / f"step-00000001.trash-{os.getpid()}-3").mkdir())
     (tmp_path / f"step-00000002.tmp-{os.getpid()}").mkdir()  # ours, from before: a container that reuses pids
     alive = f"step-00000001.tmp-{os.getppid()}"
     (tmp_path / alive).mkdir()
@@ -389,7 +338,7 @@ def test_a_really_full_disk(tmp_path):
         assert found is not None
         assert_same_bits(found.tensors["model"], tensors["model"])
 
-    code = wait_child(body)
+    code = run_child(body)
     if code == SKIP:
         pytest.skip("this machine does not let root mount a tmpfs")
     assert code == 0

@@ -12,8 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,30 +19,7 @@ from typing import Any
 import pytest
 
 from mae_et.engine.run_folder import RunFolder, RunFolderError, write_text_atomic
-
-PATIENCE = 60  # seconds until a stuck child is ended; a busy machine may need many
-
-
-def start_child(body: Callable[[], Any]) -> int:
-    """Forks a child that runs `body` and leaves without returning to pytest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python >= 3.12 warns of fork beside threads
-        pid = os.fork()
-    if pid == 0:
-        signal.alarm(PATIENCE)
-        try:
-            body()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return pid
-
-
-def wait_child(pid: int) -> int:
-    """Exit code of the child, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+from tests.engine.children import PATIENCE, start_child, wait_child
 
 
 def kill(pid: int) -> None:
