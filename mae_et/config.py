@@ -105,7 +105,7 @@ class EngineConfig:
 
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
-    compile: str = "auto"  # auto, on, off: torch.compile of each transformer block
+    compile: str = "auto"  # auto (on GPUs), always, never: torch.compile of each transformer block
     threads: int | None = None  # CPU threads of a rank; null leaves torch's choice
     max_skipped: int = 10  # steps in a row with non-finite gradients before the run stops
 
@@ -184,7 +184,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "curriculum.cost": ("flops", "area", "measured"),
     "engine.device": ("auto", "cpu", "cuda", "mps"),
     "engine.precision": ("auto", "bf16", "fp16", "fp32"),
-    "engine.compile": ("auto", "on", "off"),
+    "engine.compile": ("auto", "always", "never"),
     "tracking.wandb": ("online", "offline", "disabled"),
     "evaluation.pooling": ("mean", "cls"),
 }

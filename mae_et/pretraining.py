@@ -149,7 +149,7 @@ def build_state(config: PretrainConfig, ranks: Ranks) -> TrainState:
     """Model, optimizer and number format, on this rank's device."""
     model = build_model(config).to(ranks.device)
     wanted = config.engine.compile
-    if wanted == "on" or (wanted == "auto" and ranks.device.type == "cuda"):
+    if wanted == "always" or (wanted == "auto" and ranks.device.type == "cuda"):
         for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
     precision = Precision.choose(config.engine.precision, ranks.device)
