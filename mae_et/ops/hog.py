@@ -12,7 +12,7 @@ from einops import rearrange
 from mae_et.ops.patches import check_divisible
 from mae_et.sizes import hog_cell
 
-# So many pixels at a time keep the intermediate results in a CPU's cache, which makes large batches 2x faster.
+# So many pixels at a time keep the intermediate results in a CPU's cache, which is faster for large batches.
 CACHE_PIXELS = 2**18
 
 
@@ -50,7 +50,7 @@ def hog_targets(
     cell = hog_cell(patch_size, cell)
     check_divisible(images, patch_size)
     histograms = hog_cells(images, cell, bins, mean=mean, std=std)
-    # On a CPU 50x faster than F.normalize, whose norm over the bins is not vectorised.
+    # F.normalize is far slower on a CPU: its norm over the bins is not vectorised.
     histograms = histograms / histograms.square().sum(2, keepdim=True).sqrt_().clamp_min_(1e-12)
     cells_per_side = patch_size // cell
     return rearrange(histograms, "n c b (h i) (w j) -> n (h w) (c b i j)", i=cells_per_side, j=cells_per_side)
@@ -120,7 +120,7 @@ def _pixel_values(images: torch.Tensor, mean: Sequence[float] | None, std: Seque
 
 
 def _sobel(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients by additions only: a convolution would go through TF32 on a GPU, and is 5x slower on a CPU."""
+    """Gradients by additions only: a convolution would go through TF32 on a GPU, and is slower on a CPU."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="reflect")
     across = padded[..., :-2] - padded[..., 2:]
     gx = (across[..., :-2, :] + across[..., 2:, :]).add_(across[..., 1:-1, :], alpha=2)
@@ -137,7 +137,7 @@ def _direction_bins(gx: torch.Tensor, gy: torch.Tensor, bins: int) -> torch.Tens
     """
     # gx == 0 gives +-inf, or nan where the magnitude is 0 too: all of it belongs to bin 0.
     cotangent = (gy / gx).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)
-    # Short integers move least memory; PyTorch's CPU kernels compare 4x faster into floats.
+    # Short integers move least memory; PyTorch's CPU kernels compare faster into floats.
     index = torch.zeros_like(cotangent, dtype=None if gx.device.type == "cpu" else torch.int16)
     passed = torch.empty_like(index)
     for edge in range(1, bins):
