@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from mae_et.config import load_config
-from mae_et.pretraining import EXPECTED_ERRORS, exit_with, pretrain
+from mae_et.pretraining import pretrain
+from mae_et.running import EXPECTED_ERRORS, exit_with
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""From a configuration to a plan. Needs neither torch nor the data."""
+"""From a configuration of pretraining to a plan. Needs neither torch nor the data."""
 
 from __future__ import annotations
 
-from mae_et.config import ConfigError, PretrainConfig
+from mae_et.config import ConfigError, CurriculumConfig, PretrainConfig
 from mae_et.curriculum import (
     AreaCost,
     Curriculum,
@@ -58,32 +58,35 @@ def model_cost(config: PretrainConfig) -> MAECost:
     )
 
 
-def accounting(config: PretrainConfig) -> CostModel:
-    """The cost model that the budget is accounted in."""
-    kind = config.curriculum.cost
-    if kind == "measured":
+def accounting(settings: CurriculumConfig, flops: CostModel) -> CostModel:
+    """The cost model that the budget is accounted in; `flops` is the model's own."""
+    if settings.cost == "measured":
         try:
-            return MeasuredCost({int(size): seconds for size, seconds in config.curriculum.seconds.items()})
+            return MeasuredCost({int(size): seconds for size, seconds in settings.seconds.items()})
         except ValueError:
             raise ConfigError('curriculum.seconds must map B to seconds per image, e.g. {"96": 0.004}') from None
-    return AreaCost() if kind == "area" else model_cost(config)
+    return AreaCost() if settings.cost == "area" else flops
 
 
-def build_curriculum(config: PretrainConfig) -> Curriculum:
-    """The configured schedule. MAE augments by crop and flip alone, so the magnitude stays 0.
+def build_curriculum(
+    settings: CurriculumConfig, size: tuple[int, int], stride: int, magnitude: tuple[float, float] = (0.0, 0.0)
+) -> Curriculum:
+    """The configured schedule.
+
+    Args:
+        settings: of the curriculum.
+        size: final (height, width) in px.
+        stride: px of which every B is a multiple: the patch.
+        magnitude: of augmentation at u = 0 and u = 1; MAE augments by crop and flip alone, so it is 0 there.
 
     Raises:
         ConfigError: unknown preset, or stages that do not make a curriculum.
     """
-    settings = config.curriculum
     try:
         if settings.stages is None:
-            name, patch_size = settings.preset or "baseline", config.model.patch_size
-            return Curriculum.preset(name, final_size(config), patch_size, magnitude=(0.0, 0.0))
+            return Curriculum.preset(settings.preset or "baseline", size, stride, magnitude, settings.floor)
         stages = tuple(Stage(s.end, as_size(s.bandwidth), s.mask_ratio) for s in settings.stages)
-        if settings.axis == "epoch":
-            return Curriculum(stages, axis="epoch", magnitude=(0.0, 0.0))
-        return Curriculum(stages, magnitude=(0.0, 0.0))
+        return Curriculum(stages, axis="epoch" if settings.axis == "epoch" else "compute", magnitude=magnitude)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"curriculum: {error}") from None
 
@@ -102,14 +105,14 @@ def build_plan(config: PretrainConfig, images: int, ranks: int = 1) -> Plan:
     optim = config.optim
     peak = peak_learning_rate(config)
     try:
-        plan = build_curriculum(config).plan(
+        plan = build_curriculum(config.curriculum, final_size(config), config.model.patch_size).plan(
             epochs=config.epochs,
             images=images,
             batch=optim.batch,
             patch_size=config.model.patch_size,
             mask_ratio=config.mask_ratio,
             cell=hog_cell(config.model.patch_size, config.target.cell) if config.target.kind == "hog" else None,
-            cost=accounting(config),
+            cost=accounting(config.curriculum, model_cost(config)),
             flops=model_cost(config),
             learning_rate=LearningRate(peak, optim.warmup, optim.min_lr),
             drop_last=config.curriculum.drop_last,

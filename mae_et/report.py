@@ -19,7 +19,8 @@ from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.evaluation.scores import Embed, LabelledSets, embed_pixels, embed_with, score
 from mae_et.planning import final_size
-from mae_et.pretraining import build_model, build_source, prepare_device
+from mae_et.pretraining import build_model, build_source
+from mae_et.running import prepare_device
 from mae_et.tracking import read_metrics
 from mae_et.tracking.curves import curve_picture
 

@@ -8,7 +8,19 @@ import sys
 
 import pytest
 
-from mae_et.config import CHOICES, RANGES, ConfigError, PretrainConfig, differences, dump_config, load_config, validate
+from mae_et.config import (
+    ConfigError,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    checked_keys,
+    differences,
+    dump_config,
+    load_config,
+    task_of,
+)
+
+SCHEMAS = [PretrainConfig, FinetuneConfig, ProbeConfig]
 
 
 def write(tmp_path, text: str):
@@ -61,7 +73,7 @@ def test_yaml_round_trip(tmp_path):
         ("optim.base_lr=nan", "optim.base_lr=nan is out of range"),
         ("mask_ratio=1", "mask_ratio=1.0 is out of range: it must be at least 0 and at most"),
         ("evaluation.every=0", "evaluation.every=0.0 is out of range"),
-        ("checkpoint.keep=0", "checkpoint.keep=0 is out of range: it must be at least 1"),
+        ("saving.keep=0", "saving.keep=0 is out of range: it must be at least 1"),
         ("seed=-1", "seed=-1 is out of range"),
         ("data.scale=[0.2]", "data.scale=[0.2] must be two positive numbers"),
         ("data.ratio=[0.5,nan]", "data.ratio=[0.5, nan] must be two positive numbers"),
@@ -86,20 +98,55 @@ def test_bad_files_are_named(tmp_path):
         load_config(write(tmp_path, "optm: {batch: 5}\n"))
 
 
-def test_every_choice_and_range_names_a_key_that_exists():
-    config = PretrainConfig()
-    for key in (*CHOICES, *RANGES):
-        node = config
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_check_names_a_key_that_exists_and_defaults_pass(schema):
+    found = checked_keys(schema)
+    assert len(found["RANGES"]) > 20
+    for key in (key for keys in found.values() for key in keys):
+        node = schema()
         for part in key.split("."):
             node = getattr(node, part)
-    validate(config)
+    assert load_config(None, schema=schema).task == schema().task
 
 
-@pytest.mark.parametrize("key", list(RANGES))
+@pytest.mark.parametrize(
+    ("schema", "key"), [(schema, key) for schema in SCHEMAS for key in checked_keys(schema)["RANGES"]]
+)
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1])
-def test_no_number_may_be_negative_or_not_finite(key, value):
+def test_no_number_may_be_negative_or_not_finite(schema, key, value):
     with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
-        load_config(None, [f"{key}={value}"])
+        load_config(None, [f"{key}={value}"], schema)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_round_trip_of_every_kind(tmp_path, schema):
+    config = load_config(None, ["run=x", "data=cifar100", "seed=7"], schema)
+    assert load_config(write(tmp_path, dump_config(config)), schema=schema) == config
+
+
+def test_a_file_for_another_kind_of_run_is_refused(tmp_path):
+    path = write(tmp_path, "task: finetune\nepochs: 3\n")
+    assert (task_of(path), task_of(write(tmp_path / "..", "epochs: 3\n"))) == ("finetune", "pretrain")
+    with pytest.raises(ConfigError, match="configures a finetune run, and this is for pretrain runs"):
+        load_config(path)
+    assert load_config(path, schema=FinetuneConfig).epochs == 3
+
+
+def test_data_in_one_word(tmp_path):
+    def data(word: str):
+        found = load_config(None, [f"data={word}"], FinetuneConfig).data
+        return found.source, found.root
+
+    assert data("flowers102") == ("flowers102", None)
+    assert data("/photos") == ("folder", "/photos")
+    assert data("lists/train.txt") == ("list", "lists/train.txt")
+    with pytest.raises(ConfigError, match=r"data='cifar' is not one of .*; did you mean 'cifar10"):
+        data("cifar")
+
+
+def test_free_form_keys():
+    config = load_config(None, ["model.arguments={depths: [1, 1]}", "model.arguments.patch_size=1"], FinetuneConfig)
+    assert config.model.arguments == {"depths": [1, 1], "patch_size": 1}
 
 
 @pytest.mark.parametrize("command", [["pretrain.py"], ["-m", "mae_et", "plan"]])

@@ -16,8 +16,12 @@ ROOMS = [
     {"tracking"},
     {"data"},
     {"engine"},
+    {"exchange"},
     {"evaluation"},
-    {"pretraining"},
+    {"running"},
+    {"labelled"},
+    {"examination"},
+    {"pretraining", "finetuning", "probing"},
     {"report"},
     {"__main__"},
 ]

@@ -113,3 +113,25 @@ class MAECost:
             + self.decoder.multiply_adds(geometry.tokens + 1)
             + geometry.masked * self.decoder.width * self.target_values
         )
+
+
+@dataclass(frozen=True)
+class CountedCost:
+    """Multiply-adds of a network's forward pass, counted at each bandwidth.
+
+    Attributes:
+        counts: {(height, width) in px: multiply-adds of one image}.
+    """
+
+    counts: Mapping[tuple[int, int], float]
+    unit = "multiply-adds"
+
+    def __call__(self, geometry: Geometry) -> float:
+        """Multiply-adds of one image.
+
+        Raises:
+            ValueError: they were not counted at this bandwidth.
+        """
+        if geometry.bandwidth not in self.counts:
+            raise ValueError(f"multiply-adds were not counted at B={format_size(geometry.bandwidth)} px")
+        return self.counts[geometry.bandwidth]

@@ -42,7 +42,12 @@ class Curriculum:
 
     @classmethod
     def preset(
-        cls, name: str, final_size: int | Sequence[int] = 224, patch_size: int = 16, magnitude=(0.0, 9.0)
+        cls,
+        name: str,
+        final_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        magnitude: tuple[float, float] = (0.0, 9.0),
+        floor: int | None = None,
     ) -> Curriculum:
         """A published schedule: "baseline", "efficienttrain", "efficienttrain_pp" or "efficienttrain_pp_deit".
 
@@ -51,12 +56,14 @@ class Curriculum:
             final_size: px of the last stage, one number or (height, width).
             patch_size: px; every stage's B is a multiple of it.
             magnitude: augmentation magnitude at u = 0 and u = 1.
+            floor: smallest B in px of any stage, for a final size of 224 (160 for ConvNeXt: appendix A.1); in
+                proportion for a final size not above it. None leaves the preset as published.
 
         Raises:
             ValueError: unknown name, or a final size that the patch does not divide.
         """
         size = as_size(final_size if isinstance(final_size, int) else (final_size[0], final_size[1]))
-        stages = preset_stages(name, size, patch_size)
+        stages = preset_stages(name, size, patch_size, floor)
         return cls(stages, name, PRESETS[name].axis, tuple(magnitude))  # pyright: ignore[reportArgumentType]
 
     def plan(

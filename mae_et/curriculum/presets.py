@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mae_et.curriculum.stage import Stage, format_size
 
@@ -52,10 +52,13 @@ def stage_side(preset: Preset, level: float, final: int, patch_size: int) -> int
     return max(1, int(side / patch_size + 0.5)) * patch_size
 
 
-def preset_stages(name: str, final_size: tuple[int, int], patch_size: int) -> tuple[Stage, ...]:
+def preset_stages(
+    name: str, final_size: tuple[int, int], patch_size: int, floor: int | None = None
+) -> tuple[Stage, ...]:
     """Stages of a published schedule for a final (height, width) in px.
 
     The rule for the final size acts on the shorter side; the longer one keeps the aspect ratio, to the nearest patch.
+    Stages below `floor` (px, for a final size of 224) are raised to it.
 
     Raises:
         ValueError: unknown preset (the known ones are listed), or a final size that the patch does not divide.
@@ -66,9 +69,10 @@ def preset_stages(name: str, final_size: tuple[int, int], patch_size: int) -> tu
         raise ValueError(f"final size {format_size(final_size)} px is not a multiple of the patch size {patch_size} px")
     preset = PRESETS[name]
     short = min(final_size)
+    lowest = 0 if floor is None else stage_side(replace(preset, floor=floor), 0.0, short, patch_size)
 
     def bandwidth(level: float) -> tuple[int, int]:
-        side = stage_side(preset, level, short, patch_size)
+        side = max(stage_side(preset, level, short, patch_size), min(lowest, short))
         height, width = (int(full * side / short / patch_size + 0.5) * patch_size for full in final_size)
         return height, width
 

@@ -171,11 +171,19 @@ def open_folder(
     number = {label: i for i, label in enumerate(folders if classes is None else classes)}
     unknown = [label for label in folders if label not in number]
     if unknown:
+        others = f" (nor are {listed(unknown[1:])})" if unknown[1:] else ""
         raise ValueError(
-            f"class folder {folder / unknown[0]} is not among the {len(number)} classes of the train split"
+            f"class folder {folder / unknown[0]} is not among the {len(number)} classes of the train split{others}; "
+            f"name the class folders of {folder.name} as those of train, or remove them"
         )
     labels = np.array([number[label] for label in folders], np.int32)[owners]
     return FileSource(name, folder, paths, labels, tuple(number), channels, max_pixels)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first three names, quoted, and how many more there are: "'a', 'b', 'c' and 4 more"."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + more
 
 
 def _owners(paths: PathTable) -> tuple[list[str] | None, np.ndarray]:

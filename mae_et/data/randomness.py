@@ -17,6 +17,8 @@ _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the counter's increment
 # One number for each consumer of a sample's seed: two consumers with the same number would see the same randomness.
 CROP_STREAM = 1
 REPLACEMENT_STREAM = 2
+AUGMENT_STREAM = 3
+ERASE_STREAM = 4
 
 
 def mix64(value: int) -> int:

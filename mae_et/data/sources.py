@@ -7,14 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from mae_et.data.archives import ArraySource, open_cifar, open_fashion_mnist, open_flowers102
 from mae_et.data.decode import DEFAULT_MAX_PIXELS
 from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, open_folder, split_folders, subfolders
 from mae_et.data.lists import open_list
+from mae_et.data.published import open_food101, open_nabirds, open_stanford_dogs
 
-__all__ = ["IMAGE_EXTENSIONS", "KINDS", "ArraySource", "FileSource", "Source", "count_images", "open_source"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "KINDS",
+    "ArraySource",
+    "FileSource",
+    "Source",
+    "available_splits",
+    "count_images",
+    "open_source",
+]
 
 # How many images the splits of the sets of fixed content have.
 _COUNTS = {
@@ -22,6 +33,9 @@ _COUNTS = {
     "cifar10": {"train": 50_000, "test": 10_000},
     "cifar100": {"train": 50_000, "test": 10_000},
     "flowers102": {"train": 1_020, "val": 1_020, "test": 6_149},
+    "stanford_dogs": {"train": 12_000, "test": 8_580},
+    "food101": {"train": 75_750, "test": 25_250},
+    "nabirds": {"train": 23_929, "test": 24_633},
 }
 # Which splits each kind can have; a folder's or a list's depend on what is there.
 _SPLITS = {
@@ -32,6 +46,13 @@ _SPLITS = {
     "imagenet22k": ("train",),
 }
 KINDS = tuple(_SPLITS)
+# Published sets whose images are files: 102 flowers, 120 breeds, 101 dishes, 555 birds.
+_OPENERS = {
+    "flowers102": open_flowers102,
+    "stanford_dogs": open_stanford_dogs,
+    "food101": open_food101,
+    "nabirds": open_nabirds,
+}
 
 
 class Source(Protocol):
@@ -41,11 +62,13 @@ class Source(Protocol):
         name: what it is called in messages and logs.
         channels: 1 or 3, of every image.
         classes: the classes' names, by class number; empty if there are none.
+        labels: the class number of every image, int32 [N], -1 for none.
     """
 
     name: str
     channels: int
     classes: tuple[str, ...]
+    labels: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -75,10 +98,11 @@ def open_source(
 
     - `"folder"`: root's sub-folder named as the split if root has one, else root itself (split "train"). If every image
       lies in a sub-folder of it, exactly one level deep, the sub-folders are the classes, numbered by name; else the
-      tree has no labels.
+      tree has no labels. Where root has a split "train", its sub-folders number the classes of val and test as well: a
+      class that those lack is no fault (its number stays free), one that train lacks is.
     - `"list"`: a text file with a path a line and optionally a TAB and a label, or a folder of train.txt, val.txt, ...
-    - `"fashion_mnist"`, `"cifar10"`, `"cifar100"`, `"flowers102"`: looked for in root, else downloaded into it (into
-      `~/.cache/mae_et` without root).
+    - `"fashion_mnist"`, `"cifar10"`, `"cifar100"`, `"flowers102"`, `"stanford_dogs"`, `"food101"`: looked for in root,
+      else downloaded into it (into `~/.cache/mae_et` without root). `"nabirds"`: looked for there, never downloaded.
     - `"imagenet1k"`: `<root>/train/<class>/*`, `<root>/val/<class>/*`. `"imagenet22k"`: `<root>/<class>/*`.
 
     Args:
@@ -99,8 +123,8 @@ def open_source(
         return open_fashion_mnist(place, split, download, channels)
     if kind in ("cifar10", "cifar100"):
         return open_cifar(kind, place, split, download, channels)
-    if kind == "flowers102":
-        return open_flowers102(place, split, download, channels, max_pixels)
+    if kind in _OPENERS:
+        return _OPENERS[kind](place, split, download, channels, max_pixels)
     if place is None:
         raise ValueError(f"kind '{kind}' needs the place of the images; set data.root=...")
     if kind == "list":
@@ -117,6 +141,22 @@ def count_images(kind: str, root: str | Path | None = None, split: str = "train"
     if kind in _COUNTS:
         return _COUNTS[kind][split]
     return len(open_source(kind, root, split, download=False))
+
+
+def available_splits(kind: str, root: str | Path | None = None) -> tuple[str, ...]:
+    """Return which splits a source has: those of a published set, or those that its folder holds; opens no image.
+
+    Raises ValueError for an unknown kind. A folder or list that is not there has "train" alone; opening it says why.
+    """
+    _check(kind, "train", 3)
+    if kind not in ("folder", "list") or root is None:
+        return _SPLITS[kind]
+    place = Path(root).expanduser()
+    if kind == "list":
+        found = [split for split in SPLITS if (place / f"{split}.txt").is_file()]
+    else:
+        found = split_folders(place) if place.is_dir() else []
+    return tuple(found) or ("train",)
 
 
 def _check(kind: str, split: str, channels: int) -> None:

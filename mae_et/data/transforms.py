@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -63,12 +64,19 @@ class CropTransform:
         self.ratio = ratio
         self.flip = flip
 
-    def __call__(self, image: torch.Tensor, request: SampleRequest) -> torch.Tensor:
+    def __call__(
+        self,
+        image: torch.Tensor,
+        request: SampleRequest,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> torch.Tensor:
         """Return the request's view of an image.
 
         Args:
             image: uint8 [C, H, W] with C = 1 or 3. Fastest with the channels innermost in memory, as sources give it.
             request: its `size` and `seed` are used.
+            augment: done to the flipped crop, before the second step of the methods that have one; the picture's
+                size and mode stay.
 
         Returns:
             uint8 [C, h, w], contiguous; (h, w) = `request.size`, or `final_size` for the Fourier methods.
@@ -76,10 +84,12 @@ class CropTransform:
         (top, left, height, width), mirrored = self.draw(image.shape[1], image.shape[2], request.seed)
         crop = image[:, top : top + height, left : left + width]
         if self.method == "lanczos":
-            return _two_steps_in_pil(crop, self.final_size, request.size, mirrored)
+            return _two_steps_in_pil(crop, self.final_size, request.size, mirrored, augment)
         view = bicubic(crop, request.size if self.method == "resize" else self.final_size)
         if mirrored:
             view = view.flip(-1)
+        if augment is not None:
+            view = from_pil(augment(to_pil(view)))
         if self.method in ("bilinear", "nearest") and request.size != self.final_size:
             mode = "bilinear" if self.method == "bilinear" else "nearest-exact"
             view = F.interpolate(view[None], size=request.size, mode=mode)[0]
@@ -146,12 +156,30 @@ def bicubic(image: torch.Tensor, size: Size) -> torch.Tensor:
     return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
 
 
-def _two_steps_in_pil(crop: torch.Tensor, final_size: Size, size: Size, mirrored: bool) -> torch.Tensor:
-    pixels = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
-    view = Image.fromarray(pixels[:, :, 0] if crop.shape[0] == 1 else pixels)
-    view = view.resize((final_size[1], final_size[0]), Image.Resampling.BICUBIC)
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """A copy of uint8 [C, H, W] as a picture, of mode "L" for C = 1 and "RGB" for C = 3."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels)
+
+
+def from_pil(picture: Image.Image) -> torch.Tensor:
+    """A copy of a picture of mode "L" or "RGB" as uint8 [C, H, W], contiguous."""
+    pixels = np.array(picture).reshape(picture.height, picture.width, -1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _two_steps_in_pil(
+    crop: torch.Tensor,
+    final_size: Size,
+    size: Size,
+    mirrored: bool,
+    augment: Callable[[Image.Image], Image.Image] | None,
+) -> torch.Tensor:
+    view = to_pil(crop).resize((final_size[1], final_size[0]), Image.Resampling.BICUBIC)
     if mirrored:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augment is not None:
+        view = augment(view)
     if size != final_size:
         view = view.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(view).reshape(*size, -1)).permute(2, 0, 1).contiguous()
+    return from_pil(view)

@@ -15,7 +15,8 @@ from mae_et.data.loader import Batch
 from mae_et.engine.distributed import any_rank
 from mae_et.engine.meter import Meter, TimedBatches, axes, row
 from mae_et.engine.state import TrainState
-from mae_et.engine.step import Prepare, train_step
+from mae_et.engine.step import train_step
+from mae_et.engine.tasks import Task
 from mae_et.tracking.tracker import Tracker
 
 
@@ -32,7 +33,10 @@ class Observation:
 
 
 class Observer(Protocol):
-    """Looks at the model now and then: scores, pictures. Runs on the main rank and changes nothing."""
+    """Looks at the model now and then: scores, pictures. Changes nothing.
+
+    On the main rank alone, or on all ranks alike: `due` says the same everywhere.
+    """
 
     def due(self, plan: Plan, done: int) -> bool:
         """Whether to look after `done` steps."""
@@ -89,7 +93,7 @@ def train(
     state: TrainState,
     plan: Plan,
     batches: Iterator[Batch],
-    prepare: Prepare,
+    task: Task,
     config: LoopConfig,
     tracker: Tracker,
     save: Callable[[], None],
@@ -101,11 +105,11 @@ def train(
         state: changed in place.
         plan: the whole run.
         batches: micro-batches of this rank from the state's step on.
-        prepare: last change to images on the device.
+        task: what the network is asked.
         config: intervals and limits.
         tracker: receives rows and pictures; a silent one on all ranks but the main one.
         save: writes a checkpoint of the state (and does nothing on other ranks).
-        observers: look at the model when they are due; none on other ranks.
+        observers: look at the model when they are due.
 
     Returns:
         None when the plan is complete, else the number of the signal that ended it; either way the last state is
@@ -119,7 +123,7 @@ def train(
     with StopSignal() as stop:
         while state.step < plan.total_steps:
             now = plan.at(state.step)
-            result = train_step(state, timed, now, prepare, config.accumulation, config.clip)
+            result = train_step(state, timed, now, task, config.accumulation, config.clip)
             meter.add(state, result, now.batch, timed.take_waited())
             state.seconds += time.perf_counter() - clock
             clock = time.perf_counter()

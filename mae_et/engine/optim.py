@@ -1,46 +1,121 @@
-"""AdamW with MAE's rule for weight decay."""
+"""Optimizers, and which of their groups a parameter belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
 from torch import nn
 
+Groups = list[dict[str, Any]]
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer, and its constants; its learning rate is set before every step.
+
+    Attributes:
+        name: "adamw", "lamb", "lars" or "sgd".
+        weight_decay: of the groups that decay.
+        betas: of adamw and lamb.
+        momentum: of lars and sgd.
+    """
+
+    name: str = "adamw"
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     """Parameters with and without weight decay.
 
-    As in MAE's code: biases and other one-dimensional parameters are spared; class and mask tokens are not.
+    As in MAE's pretraining: biases and other one-dimensional parameters are spared; class and mask tokens are not.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     spared = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
-    """Fused AdamW; its learning rate is set before every step."""
-    groups = decay_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), fused=True)
+def supervised_groups(net: nn.Module, weight_decay: float, layer_decay: float | None) -> Groups:
+    """Groups of one of timm's models: what it exempts from weight decay, and one learning rate a layer.
+
+    A group's learning rate is `lr_scale` of the schedule's. With layer decay d and a ViT of n blocks that is
+    d^(n+1) for embeddings and class token, d^(n-i) for block i from 0, and 1 for what follows the blocks (MAE's
+    fine-tuning, after BEiT). Biases, norms, position embeddings and class tokens do not decay.
+    """
+    exempt = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()  # pyright: ignore[reportCallIssue]
+    if layer_decay is None:
+        groups: Any = param_groups_weight_decay(net, weight_decay, tuple(exempt))  # pyright: ignore[reportArgumentType]
+    else:
+        groups = param_groups_layer_decay(
+            net, weight_decay, no_weight_decay_list=tuple(exempt), layer_decay=layer_decay, min_scale=0.0
+        )
+    kept = ("params", "weight_decay", "lr_scale")
+    return [{key: group[key] for key in kept if key in group} for group in groups if group["params"]]
+
+
+def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer of parameter groups.
+
+    LARS is MAE's (arXiv 2111.06377, table 10): rates of matrices adapt by 0.001 * |w| / |gradient|, those of
+    one-dimensional parameters not at all, and the learning rate acts outside of the momentum. LAMB clips gradients to
+    norm 1 over all parameters, as timm's does unless told otherwise.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum)
+    if settings.name == "lamb":
+        return Lamb(groups, lr=0.0, betas=settings.betas)
+    if settings.name == "lars":
+        return Lars(split_by_dimension(groups), lr=0.0, momentum=settings.momentum, trust_coeff=0.001)  # pyright: ignore[reportArgumentType]
+    raise ValueError(f"unknown optimizer {settings.name!r}; known: adamw, lamb, lars, sgd")
+
+
+def split_by_dimension(groups: Groups) -> Groups:
+    """Each group's matrices, which LARS adapts, apart from its vectors, which it neither adapts nor decays."""
+    matrices: Groups = [{**group, "always_adapt": True} for group in groups]
+    vectors: Groups = [{**group, "always_adapt": False, "weight_decay": 0.0} for group in groups]
+    for group in matrices:
+        group["params"] = [p for p in group["params"] if p.ndim > 1]
+    for group in vectors:
+        group["params"] = [p for p in group["params"] if p.ndim <= 1]
+    return [group for group in (*matrices, *vectors) if group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The learning rate of the next step, for all groups."""
+    """The learning rate of the next step, for all groups, each at its `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: `<parameter>.<exp_avg | exp_avg_sq | step>`."""
+    """The optimizer's state as named tensors: `<parameter>.<exp_avg | exp_avg_sq | momentum_buffer | step>`."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    tensors = {
         f"{names[parameter]}.{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
+    for index, group in enumerate(optimizer.param_groups):
+        if "step" in group:  # timm's LAMB counts per group, on the host
+            tensors[f"{index}.{GROUP_STEP}"] = torch.tensor(group["step"])
+    return tensors
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+GROUP_STEP = "group_step"
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Inverse of `optimizer_tensors`.
 
     Raises:
@@ -50,7 +125,15 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     optimizer.state.clear()
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition(".")
+        if key == GROUP_STEP:
+            optimizer.param_groups[int(parameter_name)]["step"] = int(tensor)
+            continue
         if parameter_name not in parameters:
             raise ValueError(f"the optimizer state holds {parameter_name!r}, which the model has not")
         parameter = parameters[parameter_name]
         optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+
+
+def adam_settings(weight_decay: float, betas: Sequence[float]) -> OptimizerSettings:
+    """AdamW with these constants."""
+    return OptimizerSettings("adamw", weight_decay, (betas[0], betas[1]))

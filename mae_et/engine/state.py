@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_et.engine.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ class TrainState:
         precision: autocast type.
         device: where the model lives.
         scaler: for fp16, else None.
+        average: running average of the model's weights and buffers, else None.
         step: steps done; the next step is this one.
         seconds: spent in training so far, over all starts of the run.
         skipped, skipped_in_a_row: steps whose gradients were not finite; float32 scalars on the device, so that
@@ -37,6 +39,7 @@ class TrainState:
     precision: Precision
     device: torch.device
     scaler: torch.amp.GradScaler | None = None
+    average: ModelEmaV3 | None = None
     step: int = 0
     seconds: float = 0.0
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -49,9 +52,20 @@ class TrainState:
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.device)
         self.loss_sum = self.loss_sum.to(self.device)
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """What scores are of: the average where there is one, else the model."""
+        return self.model if self.average is None else self.average.module
+
+    def update_average(self) -> None:
+        """Move the average towards the model's weights, if there is one."""
+        if self.average is not None:
+            self.average.update(self.model)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensor groups of a checkpoint: model and optimizer."""
-        return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        """Tensor groups of a checkpoint: model, optimizer, and the average where there is one."""
+        groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        return groups if self.average is None else {**groups, "average": self.average.module.state_dict()}
 
     def values(self) -> dict[str, Any]:
         """JSON values of a checkpoint."""
@@ -71,6 +85,8 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of the same model."""
         self.model.load_state_dict(checkpoint.tensors["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(checkpoint.tensors["average"])
         restore_optimizer(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         values = checkpoint.state
         self.step, self.seconds = values["step"], values["seconds"]

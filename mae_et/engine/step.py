@@ -1,8 +1,8 @@
-"""One optimizer step. Nothing in here waits for the device."""
+"""One optimizer step. Nothing in here waits for the device, unless the optimizer cannot leave a step out by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -15,10 +15,7 @@ from mae_et.curriculum.plan import StepPlan
 from mae_et.data.loader import Batch
 from mae_et.engine.optim import set_learning_rate
 from mae_et.engine.state import TrainState
-from mae_et.models.masking import mask_noise
-
-Prepare = Callable[[Tensor, tuple[int, int]], Tensor]
-"""(images uint8 [N, C, H, W], B) to the images that the model sees; where the exact low-frequency crop happens."""
+from mae_et.engine.tasks import Task
 
 
 class StepResult(NamedTuple):
@@ -28,20 +25,18 @@ class StepResult(NamedTuple):
     gradient_norm: Tensor
 
 
-def micro_step(state: TrainState, batch: Batch, now: StepPlan, prepare: Prepare, share: float) -> Tensor:
+def micro_step(state: TrainState, batch: Batch, now: StepPlan, task: Task, share: float) -> Tensor:
     """Forward and backward of one micro-batch; returns its loss, detached."""
-    batch = batch.to(state.device)
-    images = prepare(batch.images, now.bandwidth)
-    noise = mask_noise(batch.seeds, now.stage.visible + now.stage.masked)
+    inputs = task.prepare(batch, now, state.device)
     with state.precision.autocast():
-        loss = state.network(images, noise, now.stage.visible).loss
+        loss = task.loss(state.network, inputs, now)
     scaled = loss * share if state.scaler is None else state.scaler.scale(loss * share)
     scaled.backward()
     return loss.detach()
 
 
 def train_step(
-    state: TrainState, batches: Iterator[Batch], now: StepPlan, prepare: Prepare, accumulation: int, clip: float | None
+    state: TrainState, batches: Iterator[Batch], now: StepPlan, task: Task, accumulation: int, clip: float | None
 ) -> StepResult:
     """One step of the plan on `accumulation` micro-batches of this rank.
 
@@ -54,7 +49,7 @@ def train_step(
         # Gradients are averaged over ranks once a step, with the last micro-batch.
         silent = isinstance(state.network, DistributedDataParallel) and not last
         with state.network.no_sync() if silent else nullcontext():  # pyright: ignore[reportCallIssue]
-            losses.append(micro_step(state, next(batches), now, prepare, 1 / accumulation))
+            losses.append(micro_step(state, next(batches), now, task, 1 / accumulation))
 
     set_learning_rate(state.optimizer, now.learning_rate)
     if state.scaler is not None:
@@ -64,6 +59,7 @@ def train_step(
     if clip is not None:
         clip_grads_with_norm_(parameters, clip, norm)
     apply_update(state, norm)
+    state.update_average()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return StepResult(torch.stack(losses).mean(), norm)
@@ -76,6 +72,10 @@ def apply_update(state: TrainState, norm: Tensor) -> None:
         # fp16 overflow is the scaler's business: it skips, lowers its scale and goes on.
         state.scaler.step(state.optimizer)
         state.scaler.update()
+    elif not state.optimizer.defaults.get("fused"):
+        # LAMB, LARS and SGD know no such thing: the host looks, and waits for the device once a step.
+        if not bad.item():
+            state.optimizer.step()
     else:
         # The attribute by which torch's own GradScaler tells fused optimizers to leave a step out.
         state.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,7 +16,7 @@ from mae_et.data.sources import Source
 from mae_et.data.transforms import CropTransform
 from mae_et.engine.loop import Observation
 from mae_et.engine.precision import Precision
-from mae_et.engine.step import Prepare
+from mae_et.engine.tasks import Prepare
 from mae_et.models.mae import MAEOutput, MaskedAutoencoder
 from mae_et.models.masking import mask_noise
 from mae_et.ops.patches import patchify, unpatchify

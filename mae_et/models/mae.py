@@ -8,15 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae_et.models.classifier import pixel_statistics
 from mae_et.models.decoder import Decoder
 from mae_et.models.encoder import Encoder
 from mae_et.models.masking import gather_tokens, split_by_noise
 from mae_et.models.posembed import PositionKind, sincos_positions
 from mae_et.models.targets import make_targets
 from mae_et.sizes import TargetKind, target_values
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class MAEOutput(NamedTuple):
@@ -87,10 +85,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = Encoder(size, patch_size, channels, width, depth, heads, mlp_ratio, positions)
         self.decoder = Decoder(width, outputs, decoder_width, decoder_depth, decoder_heads, mlp_ratio)
         self._decoder_positions: dict[tuple[int, int], Tensor] = {}
-        mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)
-        std = std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)
-        if not len(mean) == len(std) == channels:
-            raise ValueError(f"mean {mean} and std {std} must be one number for each of {channels} channels")
+        mean, std = pixel_statistics(channels, mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.reset_parameters()

@@ -24,7 +24,7 @@ from mae_et.tracking.tracker import plain_number, warn
 
 MODES = ("online", "offline", "disabled")
 AXES = ("compute/fraction", "compute/flops", "time/hours", "images_seen")
-RUN_ID_FILE = "wandb_run_id.txt"
+RUN_ID_FILE = "run_id.txt"
 
 _LOGIN_SECONDS = 60  # for a person at a terminal who is asked for a key; an unattended prompt must not hold a run
 
@@ -39,7 +39,7 @@ class WandbTracker:
         project, name, group, job_type, entity, tags: as in `wandb.init`.
         config: the run's configuration, shown in the dashboard.
         run_id: the W&B run to continue. None takes the one that an earlier start kept in the folder
-            (wandb_run_id.txt), else WANDB_RUN_ID, else a new one. It is kept, so a resumed run continues its W&B run.
+            (run_id.txt), else WANDB_RUN_ID, else a new one. It is kept, so a resumed run continues its W&B run.
         init_timeout: seconds that the server has to answer before the run is logged offline (wandb 0.31 takes
             10 s more before it counts them, to look up the key's user).
         finish_timeout: seconds that `finish` may take to send what is pending, where the installed wandb can limit it
@@ -134,7 +134,7 @@ class WandbTracker:
         if not os.access(self._directory, os.W_OK):
             # wandb itself would go on in the temporary folder, where nobody looks for it.
             raise PermissionError(f"{self._directory} is not writable; set WANDB_DIR to a folder that is")
-        self._run_id = self._run_id or _kept_run_id(self.folder) or os.environ.get("WANDB_RUN_ID") or _new_run_id()
+        self._run_id = self._run_id or run_id_of(self.folder)
         (self.folder / RUN_ID_FILE).write_text(self._run_id + "\n")
         import wandb
 
@@ -205,9 +205,17 @@ def _less_sharing(mode: str, other: str) -> str:
     return max(mode, other, key=MODES.index) if other in MODES else mode
 
 
-def _kept_run_id(folder: Path) -> str | None:
+def run_id_of(folder: Path) -> str:
+    """The run's id, by which W&B and downstream runs know it: the one kept in its folder, else WANDB_RUN_ID, else new.
+
+    It is kept there, with W&B or without.
+    """
     file = folder / RUN_ID_FILE
-    return file.read_text().strip() or None if file.is_file() else None
+    kept = file.read_text().strip() if file.is_file() else ""
+    run_id = kept or os.environ.get("WANDB_RUN_ID") or _new_run_id()
+    if not kept:
+        file.write_text(run_id + "\n")
+    return run_id
 
 
 def _new_run_id() -> str:

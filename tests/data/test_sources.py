@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_et.data.decode import ImageError
-from mae_et.data.sources import KINDS, FileSource, count_images, open_source
+from mae_et.data.sources import KINDS, FileSource, available_splits, count_images, open_source
 from tests.data.trees import contents, write_images
 
 # Folders
@@ -100,7 +100,12 @@ def test_a_plain_folder_is_the_train_split(tmp_path):
 
 def test_a_class_that_train_has_not_got(tmp_path):
     write_images(tmp_path, "train/a/1.png", "val/b/2.png")
-    with pytest.raises(ValueError, match="val/b is not among the 1 classes of the train split"):
+    with pytest.raises(ValueError, match="val/b is not among the 1 classes of the train split; name the class folders"):
+        open_source("folder", tmp_path, split="val")
+    write_images(tmp_path, *(f"val/{name}/2.png" for name in "acdefg"))
+    with pytest.raises(
+        ValueError, match=r"val/b is not .* \(nor are 'c', 'd', 'e' and 2 more\); name .* of val as those"
+    ):
         open_source("folder", tmp_path, split="val")
 
 
@@ -246,6 +251,23 @@ def test_a_split_that_is_not_there(kind, split, has):
         open_source(kind, split=split)
     with pytest.raises(ValueError, match=f"{kind} has no split '{split}'; it has {has}"):
         count_images(kind, split=split)
+
+
+def test_available_splits(tmp_path):
+    write_images(tmp_path, "train/a/1.png", "test/a/2.png", "flat/a/3.png", "lists/4.png")
+    for name in ("train.txt", "val.txt", "notes.txt"):
+        (tmp_path / "lists" / name).write_text("4.png\n")
+    assert available_splits("folder", tmp_path) == ("train", "test")
+    assert available_splits("folder", str(tmp_path / "flat")) == ("train",)
+    assert available_splits("folder", tmp_path / "nowhere") == ("train",)
+    assert available_splits("imagenet1k", tmp_path) == ("train", "val")
+    assert available_splits("imagenet22k", tmp_path) == ("train",)
+    assert available_splits("list", tmp_path / "lists") == ("train", "val")
+    assert available_splits("list", tmp_path / "lists" / "val.txt") == ("train",)
+    assert available_splits("flowers102", tmp_path) == ("train", "val", "test")
+    assert available_splits("nabirds") == ("train", "test")
+    with pytest.raises(ValueError, match=r"data\.source=folders is unknown; did you mean 'folder'\?"):
+        available_splits("folders", tmp_path)
 
 
 def test_unknown_kind():

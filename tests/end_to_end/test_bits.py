@@ -24,7 +24,7 @@ from tests.end_to_end.tiny import arguments, history, run_here, weights
 def uninterrupted(photos, tmp_path_factory) -> Path:
     """A whole run that keeps a checkpoint of every step."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return run_here(photos, run, "checkpoint.steps=1", "checkpoint.keep=1000")
+    return run_here(photos, run, "saving.steps=1", "saving.keep=1000")
 
 
 def test_the_run_is_long_enough_to_mean_something(uninterrupted):
@@ -70,7 +70,7 @@ def test_resuming_at_any_step_equals_not_stopping(photos, uninterrupted, tmp_pat
 
 @pytest.mark.parametrize("changes", [("optim.accumulation=2",), ("data.downsample=fourier", "tracking.every=4")])
 def test_resuming_under_accumulation_and_between_rows(photos, tmp_path, changes):
-    whole = run_here(photos, tmp_path / "whole", "checkpoint.steps=1", "checkpoint.keep=1000", *changes)
+    whole = run_here(photos, tmp_path / "whole", "saving.steps=1", "saving.keep=1000", *changes)
     run = interrupted_at(10, whole, tmp_path / "resumed")
     run_here(photos, run, *changes)
     assert (history(run), weights(run)) == (history(whole), weights(whole))
@@ -167,7 +167,7 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
     chance, kills = random.Random(0), 0
 
     def process(run: Path) -> BaseProcess:
-        return context.Process(target=killable, args=(arguments(photos, run, "checkpoint.steps=2"),))
+        return context.Process(target=killable, args=(arguments(photos, run, "saving.steps=2"),))
 
     seconds_until(process(tmp_path / "warm"), 120)
     whole = seconds_until(process(tmp_path / "whole"), 120)
@@ -192,10 +192,10 @@ def test_wandb_changes_nothing_and_a_resumed_run_is_the_same_run(photos, uninter
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     run = interrupted_at(9, uninterrupted, tmp_path / "run")
-    run_here(photos, run, "tracking.wandb=offline", "checkpoint.steps=1", "checkpoint.keep=1000")
-    first = (run / "wandb_run_id.txt").read_text().strip()
+    run_here(photos, run, "tracking.wandb=offline", "saving.steps=1", "saving.keep=1000")
+    first = (run / "run_id.txt").read_text().strip()
     again = interrupted_at(15, run, tmp_path / "again")
-    shutil.copy(run / "wandb_run_id.txt", again)
+    shutil.copy(run / "run_id.txt", again)
     run_here(photos, again, "tracking.wandb=offline")
     assert history(run) == history(again) == history(uninterrupted)
     assert weights(run) == weights(again) == weights(uninterrupted)

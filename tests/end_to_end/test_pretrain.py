@@ -16,8 +16,9 @@ from mae_et.data.decode import ImageError
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint
 from mae_et.engine.loop import TrainingError
 from mae_et.engine.run_folder import RunFolder, RunFolderError
-from mae_et.pretraining import FREE_KEYS, exit_with, pretrain
+from mae_et.pretraining import pretrain
 from mae_et.report import evaluate_run
+from mae_et.running import FREE_KEYS, exit_with
 from tests.end_to_end.tiny import arguments, history, run_here
 
 PHOTO_RUN = [
@@ -95,7 +96,7 @@ def test_another_configuration_is_refused_and_named(photos, tmp_path):
 
 
 def test_a_checkpoint_can_begin_a_run_in_another_folder_only(photos, tmp_path):
-    whole = run_here(photos, tmp_path / "whole", "checkpoint.steps=5", "checkpoint.keep=100")
+    whole = run_here(photos, tmp_path / "whole", "saving.steps=5", "saving.keep=100")
     earlier = str(whole / "checkpoints" / "step-00000010")
     with pytest.raises(ConfigError, match=r"already holds a run, up to .*step-"):
         pretrain(load_config(None, arguments(photos, whole)), resume=earlier, say=lambda _: None)

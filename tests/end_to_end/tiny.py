@@ -16,7 +16,7 @@ TINY = [
     *("model.patch_size=2", "model.width=16", "model.depth=2", "model.heads=2"),
     *("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2"),
     *("optim.batch=8", "optim.base_lr=1e-2", "engine.threads=1", "engine.device=cpu"),
-    *("tracking.every=1", "tracking.console=false", "tracking.pictures=false", "checkpoint.minutes=null"),
+    *("tracking.every=1", "tracking.console=false", "tracking.pictures=false", "saving.minutes=null"),
 ]
 
 

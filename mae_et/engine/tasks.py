@@ -1,0 +1,103 @@
+"""What a step asks of the network: reconstruction of masked patches, or classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mae_et.curriculum.plan import StepPlan
+from mae_et.data.loader import Batch
+from mae_et.models.masking import mask_noise
+from mae_et.ops.mixing import draw_mix, mix, smooth_targets
+
+Prepare = Callable[[Tensor, tuple[int, int]], Tensor]
+"""(images uint8 [N, C, H, W], B) to the images that the model sees; where the exact low-frequency crop happens."""
+
+
+class Task(Protocol):
+    """Turns batches into losses. Stateless: a step depends on its batch and its place in the plan alone."""
+
+    def prepare(self, batch: Batch, now: StepPlan, device: torch.device) -> Any:
+        """Inputs on the device, made in fp32; nothing here may wait for the device."""
+        ...
+
+    def loss(self, network: nn.Module, inputs: Any, now: StepPlan) -> Tensor:
+        """Mean loss over the inputs, a float32 scalar on the device; called under autocast."""
+        ...
+
+
+class MaskedImages(NamedTuple):
+    """Images as the model sees them, and the noise that masks are drawn from."""
+
+    images: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Masked autoencoding."""
+
+    downsample: Prepare
+
+    def prepare(self, batch: Batch, now: StepPlan, device: torch.device) -> MaskedImages:
+        """Images at B, and one sort key a patch from each sample's seed."""
+        batch = batch.to(device)
+        noise = mask_noise(batch.seeds, now.stage.visible + now.stage.masked)
+        return MaskedImages(self.downsample(batch.images, now.bandwidth), noise)
+
+    def loss(self, network: nn.Module, inputs: MaskedImages, now: StepPlan) -> Tensor:
+        """Mean squared error of the masked patches."""
+        return network(inputs.images, inputs.noise, now.stage.visible).loss
+
+
+class MixedImages(NamedTuple):
+    """Images in [0, 1], and targets [N, classes] that sum to 1."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy to mixed and smoothed labels.
+
+    Attributes:
+        classes: how many.
+        downsample: as of `Reconstruction`.
+        seed: of the run; mixing is drawn from it and the step's number.
+        mixup, cutmix: alphas; 0 is off.
+        probability, switch: of mixing a step at all, and of cutmix where both are on.
+        smoothing: of labels.
+    """
+
+    classes: int
+    downsample: Prepare
+    seed: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float = 0.5
+    smoothing: float = 0.0
+
+    def prepare(self, batch: Batch, now: StepPlan, device: torch.device) -> MixedImages:
+        """Images at B, mixed with their neighbours; and seeds the network's own randomness (drop path, dropout)."""
+        # Of the micro-batch's first sample, so that it is another one for every step, rank and micro-batch, and the
+        # same one for a step that a resumed run repeats. It lies on the host still.
+        torch.manual_seed(int(batch.seeds[0]))
+        batch = batch.to(device)
+        images = self.downsample(batch.images, now.bandwidth)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        if self.mixup or self.cutmix:
+            size = (images.shape[2], images.shape[3])
+            draw = draw_mix(self.seed, now.step, size, self.mixup, self.cutmix, self.probability, self.switch)
+            return MixedImages(*mix(images, batch.labels, self.classes, draw, self.smoothing))
+        return MixedImages(images, smooth_targets(batch.labels, self.classes, self.smoothing))
+
+    def loss(self, network: nn.Module, inputs: MixedImages, now: StepPlan) -> Tensor:
+        """Cross-entropy of fp32 logits."""
+        return F.cross_entropy(network(inputs.images).float(), inputs.targets)

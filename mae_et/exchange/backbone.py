@@ -1,0 +1,136 @@
+"""What a downstream network is made of: settled from a configuration and a checkpoint, and kept with the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mae_et.config import ClassifierConfig, ConfigError, LabelledDataConfig
+from mae_et.curriculum.stage import as_size
+from mae_et.exchange.weights import Weights
+from mae_et.models.backbones import build_backbone
+from mae_et.models.classifier import pixel_statistics
+from mae_et.models.vit import Pooling, ViTShape, build_vit
+from mae_et.sizes import ENCODER_SIZES
+
+DEFAULT_SIZE = (224, 224)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One network, in numbers.
+
+    Attributes:
+        size: final (height, width) in px.
+        channels: of the images.
+        mean, std: per channel, for pixels in [0, 1].
+        shape: of a plain ViT, at `size`; None for others.
+        model: of timm, where it is no plain ViT of ours.
+        arguments: for timm's constructor.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: ViTShape | None = None
+    model: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.shape is None:
+            return str(self.model)
+        return f"ViT {self.shape.width}x{self.shape.depth}, {self.shape.patch_size}-px patches"
+
+    def build(self, classes: int, pooling: Pooling = "mean", drop_path: float = 0.0) -> nn.Module:
+        """The network with timm's initial weights, from torch's global generator.
+
+        Raises:
+            ConfigError: timm has no such model, or refuses the arguments.
+        """
+        if self.shape is not None:
+            return build_vit(self.shape, classes, pooling, drop_path)
+        try:
+            return build_backbone(
+                str(self.model),
+                classes=classes,
+                size=self.size,
+                channels=self.channels,
+                drop_path=drop_path,
+                arguments=self.arguments,
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"model.name={self.model}: {error}") from None
+
+    def build_without_data(self, classes: int) -> nn.Module:
+        """The network on torch's meta device, for counting."""
+        with torch.device("meta"):
+            return self.build(classes)
+
+    def to_json(self) -> str:
+        """`from_json` is its inverse."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Backbone:
+        """A backbone from what `to_json` wrote."""
+        values = json.loads(text)
+        pairs = {name: tuple(values[name]) for name in ("size", "mean", "std")}
+        shape = values["shape"] and ViTShape(**{**values["shape"], "size": tuple(values["shape"]["size"])})
+        return cls(**{**values, **pairs, "shape": shape})
+
+
+def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: Weights | None) -> Backbone:
+    """The network that a configuration and a checkpoint come to; what the configuration names wins.
+
+    Raises:
+        ConfigError: nothing says which network it is, or sizes that do not fit.
+    """
+    known = None if weights is None else weights.shape
+    try:
+        wanted = None if data.size is None else as_size(data.size)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"data.size: {error}") from None
+    channels = data.channels or (known.channels if known else 3)
+    same_channels = weights is not None and weights.mean is not None and len(weights.mean) == channels
+    try:
+        mean, std = pixel_statistics(
+            channels,
+            data.mean or (weights.mean if weights is not None and same_channels else None),
+            data.std or (weights.std if weights is not None and same_channels else None),
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.mean, data.std: {error}") from None
+    size = wanted or (known.size if known else DEFAULT_SIZE)
+    name = model.name or (weights.model if weights is not None and known is None else None)
+    if name is not None and name not in ENCODER_SIZES:
+        return Backbone(size, channels, mean, std, None, name, dict(model.arguments))
+    if name is not None:
+        shape = configured_shape(model, size, channels)
+    elif known is not None:
+        shape = replace(known, size=size, channels=channels)
+    else:
+        raise ConfigError("model.name is not set, and no checkpoint tells it: model.name=vit_base, timm/resnet50, ...")
+    if any(side % shape.patch_size for side in size):
+        raise ConfigError(f"data.size={size} is not a multiple of the patch of {shape.patch_size} px")
+    return Backbone(size, channels, mean, std, shape)
+
+
+def configured_shape(model: ClassifierConfig, size: tuple[int, int], channels: int) -> ViTShape:
+    """The shape of one of our named sizes, with the numbers that the configuration changes.
+
+    Raises:
+        ConfigError: a width that its heads do not divide.
+    """
+    named = ENCODER_SIZES[str(model.name)]
+    width, heads = model.width or named.width, model.heads or named.heads
+    if width % heads:
+        raise ConfigError(f"model.width={width} must be a multiple of its {heads} heads")
+    return ViTShape(size, model.patch_size, channels, width, model.depth or named.depth, heads, model.mlp_ratio)

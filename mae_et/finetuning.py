@@ -1,0 +1,293 @@
+"""A run on labels put together from its configuration: fine-tuning, or supervised training from scratch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from mae_et.config import ConfigError, FinetuneConfig
+from mae_et.curriculum import LearningRate, Plan
+from mae_et.curriculum.cost import CountedCost
+from mae_et.curriculum.stage import as_size
+from mae_et.data.augment import TrainTransform
+from mae_et.data.loader import RequestDataset
+from mae_et.engine.distributed import Ranks, replicate
+from mae_et.engine.optim import OptimizerSettings, build_optimizer, supervised_groups
+from mae_et.engine.precision import Precision, choose_attention
+from mae_et.engine.run_folder import RunFolder
+from mae_et.engine.state import TrainState
+from mae_et.engine.tasks import Classification
+from mae_et.evaluation.accuracy import AccuracyObserver, Examination
+from mae_et.examination import conclude
+from mae_et.exchange.backbone import Backbone, choose_backbone
+from mae_et.exchange.matching import load_weights
+from mae_et.exchange.weights import Origin, Weights, open_weights
+from mae_et.labelled import LabelledImages, open_labelled
+from mae_et.models.backbones import check_sizes, multiply_adds, scaled_drop_path, stride
+from mae_et.models.classifier import Classifier, reset_head
+from mae_et.planning import accounting, build_curriculum
+from mae_et.running import (
+    Assembly,
+    Say,
+    choose_workers,
+    downsample_on_device,
+    execute,
+    loop_config,
+    main_first,
+)
+
+BACKBONE_FILE, LINEAGE_FILE = "backbone.json", "lineage.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        backbone: the network.
+        weights: for it; None from scratch, and for a run that continues.
+        parent: where they came from.
+    """
+
+    backbone: Backbone
+    weights: Weights | None
+    parent: Origin | None
+
+
+def settle_start(config: FinetuneConfig, folder: RunFolder | None, resuming: bool) -> Start:
+    """The network and its first weights; a run that continues no longer needs the checkpoint that it began with.
+
+    Raises:
+        ConfigError, WeightsError: nothing says which network, or the checkpoint cannot be used.
+    """
+    if resuming and folder is not None and (folder.path / BACKBONE_FILE).exists():
+        backbone = Backbone.from_json((folder.path / BACKBONE_FILE).read_text())
+        lineage = folder.path / LINEAGE_FILE
+        return Start(backbone, None, Origin(**json.loads(lineage.read_text())) if lineage.exists() else None)
+    weights = None if config.checkpoint is None else open_weights(config.checkpoint, config.model.heads)
+    backbone = choose_backbone(config.model, config.data, weights)
+    return Start(backbone, weights, None if weights is None else weights.origin)
+
+
+def drop_path(config: FinetuneConfig) -> float:
+    """`model.drop_path`, in proportion to the budget where `model.drop_path_epochs` says for which it is meant."""
+    reference = config.model.drop_path_epochs
+    return config.model.drop_path if reference is None else scaled_drop_path(
+        config.model.drop_path, config.epochs, reference
+    )  # fmt: skip
+
+
+def peak_learning_rate(config: FinetuneConfig) -> float:
+    """`optim.lr`, or MAE's rule: base_lr * batch / 256."""
+    return config.optim.lr or config.optim.base_lr * config.optim.batch / 256
+
+
+def examination_size(config: FinetuneConfig, backbone: Backbone) -> tuple[int, int]:
+    """(height, width) in px at which accuracy is taken: the final size, or `evaluation.size` (FixRes)."""
+    try:
+        return backbone.size if config.evaluation.size is None else as_size(config.evaluation.size)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"evaluation.size: {error}") from None
+
+
+def build_plan(config: FinetuneConfig, backbone: Backbone, images: int, classes: int, ranks: int = 1) -> Plan:
+    """The run in steps, once the network has been tried at every B; nothing is computed.
+
+    Raises:
+        ConfigError: a B that the network cannot take, or whatever `Curriculum.plan` refuses.
+    """
+    optim, augment = config.optim, config.augment
+    magnitude = (augment.magnitude[0], augment.magnitude[1]) if augment.randaugment else (0.0, 0.0)
+    try:
+        net = backbone.build_without_data(classes)
+        step = math.gcd(stride(net), *backbone.size) if backbone.shape is None else backbone.shape.patch_size
+        curriculum = build_curriculum(config.curriculum, backbone.size, step, magnitude)
+        sizes = [stage.bandwidth for stage in curriculum.stages]
+        check_sizes(net, [*sizes, backbone.size, examination_size(config, backbone)], backbone.channels)
+        counted = CountedCost(multiply_adds(net, [*sizes, backbone.size], backbone.channels))
+        plan = curriculum.plan(
+            epochs=config.epochs,
+            images=images,
+            batch=optim.batch,
+            patch_size=step,
+            cost=accounting(config.curriculum, counted),
+            flops=counted,
+            learning_rate=LearningRate(peak_learning_rate(config), optim.warmup, optim.min_lr),
+            drop_last=config.curriculum.drop_last,
+            ranks=ranks,
+            accumulation=optim.accumulation,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check_batch(config, ranks)
+    return plan
+
+
+def check_batch(config: FinetuneConfig, ranks: int) -> None:
+    """Raise ConfigError for a batch that mixing or repeats do not divide."""
+    optim, augment = config.optim, config.augment
+    micro = optim.batch // (ranks * optim.accumulation)
+    if (augment.mixup or augment.cutmix) and micro % 2:
+        raise ConfigError(
+            f"optim.batch={optim.batch} gives {micro} images at a time, and mixup and cutmix mix them in pairs: choose "
+            "an even number, or augment.mixup=0 augment.cutmix=0"
+        )
+    if optim.batch % config.data.repeats:
+        raise ConfigError(f"data.repeats={config.data.repeats} does not divide optim.batch={optim.batch}")
+
+
+def build_transform(config: FinetuneConfig, backbone: Backbone) -> TrainTransform:
+    """Crop, flip, RandAugment and erasing in the worker.
+
+    Raises:
+        ConfigError: empty ranges of scale or ratio.
+    """
+    data, augment = config.data, config.augment
+    try:
+        return TrainTransform(
+            backbone.size,
+            data.downsample,
+            scale=(data.scale[0], data.scale[1]),
+            ratio=(data.ratio[0], data.ratio[1]),
+            flip=data.flip,
+            randaugment=augment.randaugment,
+            magnitude_std=augment.magnitude_std,
+            staircase=augment.staircase,
+            erasing=augment.erasing,
+            mean=backbone.mean,
+            std=backbone.std,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+
+
+def build_model(config: FinetuneConfig, start: Start, classes: int, say: Say = print) -> Classifier:
+    """The classifier with its first weights: the checkpoint's under a new head, or timm's own.
+
+    Raises:
+        ConfigError, WeightsError: the network cannot be built, or the checkpoint does not fit it.
+    """
+    torch.manual_seed(config.seed)
+    pooling = "cls" if config.model.pooling == "cls" else "mean"
+    net = start.backbone.build(classes, pooling, drop_path(config))
+    if start.weights is not None:
+        reset_head(net, config.model.head_std)
+        say(load_weights(net, start.weights).text())
+    return Classifier(net, start.backbone.mean, start.backbone.std)
+
+
+def compile_blocks(net: nn.Module, choice: str, device: torch.device) -> None:
+    """Compile a ViT's blocks one by one; other networks run as they are."""
+    blocks = getattr(net, "blocks", ())
+    if choice == "always" or (choice == "auto" and device.type == "cuda"):
+        for block in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ():
+            block.compile(dynamic=True)
+
+
+def build_state(config: FinetuneConfig, model: Classifier, ranks: Ranks) -> TrainState:
+    """Optimizer, average and number format, on this rank's device."""
+    optim = config.optim
+    model.to(ranks.device)
+    compile_blocks(model.net, config.engine.compile, ranks.device)
+    precision = Precision.choose(config.engine.precision, ranks.device)
+    choose_attention(model, precision)
+    settings = OptimizerSettings(optim.name, optim.weight_decay, (optim.betas[0], optim.betas[1]), optim.momentum)
+    groups = supervised_groups(model.net, optim.weight_decay, optim.layer_decay)
+    return TrainState(
+        model=model,
+        network=replicate(model, ranks),
+        optimizer=build_optimizer(groups, settings),
+        precision=precision,
+        device=ranks.device,
+        scaler=precision.scaler(),
+        average=None if optim.ema is None else ModelEmaV3(model, decay=optim.ema),
+    )
+
+
+def build_task(config: FinetuneConfig, classes: int) -> Classification:
+    """Cross-entropy with the configured mixing and smoothing."""
+    augment = config.augment
+    return Classification(
+        classes=classes,
+        downsample=downsample_on_device(config.data.downsample),
+        seed=config.seed,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        probability=augment.mix_probability,
+        switch=augment.switch_probability,
+        smoothing=augment.smoothing,
+    )
+
+
+def examination(config: FinetuneConfig, backbone: Backbone, workers: int) -> Examination:
+    """How images are shown for accuracy."""
+    testing = config.evaluation
+    return Examination(examination_size(config, backbone), testing.crop_fraction, testing.batch, workers)
+
+
+def finetune(config: FinetuneConfig, resume: str = "auto", say: Say = print, only_evaluate: bool = False) -> int:
+    """Run, or continue, a run on labels; `running.execute` documents the rest.
+
+    Args:
+        config: of the run.
+        resume, say: see `running.execute`.
+        only_evaluate: examine the run's last checkpoint, and train nothing.
+    """
+
+    def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
+        start = settle_start(config, folder, resuming)
+        with main_first(ranks):
+            images = open_labelled(config.data, start.backbone.channels)
+        quiet = say if ranks.is_main else lambda _line: None
+        return assemble_labelled(config, start, images, folder, ranks, quiet)
+
+    return execute(config, assemble, resume, say, only_evaluate)
+
+
+def assemble_labelled(
+    config: FinetuneConfig, start: Start, images: LabelledImages, folder: RunFolder, ranks: Ranks, say: Say
+) -> Assembly:
+    """`finetune` from its network and images on."""
+    classes, backbone = len(images.classes), start.backbone
+    plan = build_plan(config, backbone, len(images.train), classes, ranks.count)
+    dataset = RequestDataset(images.train, build_transform(config, backbone))
+    model = build_model(config, start, classes, say)
+    state = build_state(config, model, ranks)
+    how = examination(config, backbone, choose_workers(config, ranks))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Assembly(
+        title=f"{backbone.name} ({parameters / 1e6:.1f} M parameters), "
+        f"{'from scratch' if start.parent is None else 'from ' + start.parent.path}; {images.describe()}",
+        plan=plan,
+        dataset=dataset,
+        task=build_task(config, classes),
+        state=state,
+        observers=watch(state, images, how, ranks, config.evaluation.every),
+        loop=loop_config(config, config.optim.accumulation, config.optim.clip),
+        repeats=config.data.repeats,
+        parent=start.parent,
+        records=records(start),
+        conclude=partial(conclude, state, images, how, ranks, folder),
+    )
+
+
+def watch(
+    state: TrainState, images: LabelledImages, how: Examination, ranks: Ranks, every: float | None
+) -> Sequence[AccuracyObserver]:
+    """Accuracy on held-out images during training, on all ranks; nothing where none are held out."""
+    return [] if images.val is None else [AccuracyObserver(state, images.val, how, ranks, every)]
+
+
+def records(start: Start) -> dict[str, str]:
+    """What the run's folder keeps of its beginning, so that it continues and is opened without the parent."""
+    kept = {BACKBONE_FILE: start.backbone.to_json()}
+    return kept if start.parent is None else {**kept, LINEAGE_FILE: json.dumps(asdict(start.parent), indent=1)}

@@ -1,0 +1,100 @@
+"""A network of timm's as it meets images: pixels in [0, 1] go in, normalised inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def pixel_statistics(
+    channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel of pixels in [0, 1]: those given, else ImageNet's for 3 channels, else 0.5, 0.25.
+
+    Raises:
+        ValueError: not one number for each channel.
+    """
+    mean = tuple(mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels))
+    std = tuple(std or (IMAGENET_STD if channels == 3 else (0.25,) * channels))
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean {mean} and std {std} must be one number for each of {channels} channels")
+    return mean, std
+
+
+class Classifier(nn.Module):
+    """A timm network behind the normalisation of its data.
+
+    Its state dict is the network's with `net.` before every name.
+
+    Args:
+        net: of normalised float [N, C, H, W], to logits or features.
+        mean, std: per channel, for pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8, or float in [0, 1], [N, C, H, W] to the network's input."""
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's output for uint8 or [0, 1] images [N, C, H, W]."""
+        return self.net(self.normalise(images))
+
+
+def reset_head(net: nn.Module, std: float) -> None:
+    """Draw the head anew: weights from a normal distribution cut at two deviations, biases 0.
+
+    MAE fine-tunes from 2e-5 and probes from 0.01.
+    """
+    head = net.get_classifier()  # pyright: ignore[reportCallIssue]
+    for module in head.modules() if isinstance(head, nn.Module) else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class FrozenProbe(nn.Module):
+    """MAE's linear probe: a frozen encoder, BatchNorm without weights, and one linear layer.
+
+    Args:
+        net: a timm network without head; its weights get no gradient.
+        embed: (net, normalised images) to features [N, width].
+        width: of the features.
+        classes: outputs.
+    """
+
+    def __init__(self, net: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor], width: int, classes: int):
+        super().__init__()
+        self.net, self.embed = net.requires_grad_(False), embed
+        self.normalise_features = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.head = nn.Linear(width, classes)
+        trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> FrozenProbe:
+        """The head learns; the encoder stays as in evaluation."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of normalised images."""
+        with torch.no_grad():
+            features = self.embed(self.net, images)
+        return self.head(self.normalise_features(features.float()))
