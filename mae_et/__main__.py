@@ -1,11 +1,12 @@
-"""Tools around a run: `python -m mae_et plan | evaluate`."""
+"""Tools around a run: `python -m mae_et plan | evaluate | knn | export`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from mae_et.config import ConfigError, PretrainConfig, load_config
+from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, ProbeConfig, load_config, task_of
+from mae_et.curriculum import Plan
 
 
 def number_of_images(config: PretrainConfig) -> int:
@@ -24,13 +25,42 @@ def number_of_images(config: PretrainConfig) -> int:
         raise ConfigError(f"{error}\n(a plan needs only the number of images: data.images=...)") from None
 
 
-def plan(options: argparse.Namespace) -> int:
-    """Print the plan of a configuration. No image is opened, and torch is loaded only to count images."""
-    from mae_et.curriculum.table import plan_table
-    from mae_et.planning import build_plan
+def labelled_plan(config: FinetuneConfig) -> Plan:
+    """The plan of a run on labels, from `data.images` and `data.classes` or from the data.
 
-    config = load_config(options.config, options.overrides)
-    print(plan_table(build_plan(config, number_of_images(config))))
+    Raises:
+        ConfigError: there are neither.
+    """
+    from mae_et.finetuning import build_plan, settle_start
+    from mae_et.labelled import open_labelled
+
+    backbone = settle_start(config, None, False).backbone
+    data = config.data
+    if data.images is None or data.classes is None:
+        try:
+            images = open_labelled(data, backbone.channels)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n(a plan needs only their numbers: data.images=... data.classes=...)") from None
+        return build_plan(config, backbone, len(images.train), len(images.classes))
+    return build_plan(config, backbone, data.images, data.classes)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the plan of a configuration. No image is opened; for pretraining, torch is loaded only to count images."""
+    from mae_et.curriculum.table import plan_table
+
+    task = task_of(options.config)
+    if task == "finetune":
+        print(plan_table(labelled_plan(load_config(options.config, options.overrides, FinetuneConfig))))
+    elif task == "probe":
+        from mae_et.probing import as_finetuning
+
+        print(plan_table(labelled_plan(as_finetuning(load_config(options.config, options.overrides, ProbeConfig)))))
+    else:
+        from mae_et.planning import build_plan
+
+        config = load_config(options.config, options.overrides)
+        print(plan_table(build_plan(config, number_of_images(config))))
     return 0
 
 
@@ -39,6 +69,24 @@ def evaluate(options: argparse.Namespace) -> int:
     from mae_et.report import evaluate_run
 
     evaluate_run(options.run, options.overrides)
+    return 0
+
+
+def knn(options: argparse.Namespace) -> int:
+    """Weighted nearest neighbours of a checkpoint's features."""
+    from mae_et.probing import neighbours
+
+    config = load_config(options.config, options.overrides, ProbeConfig)
+    if not any(override.startswith("run=") for override in options.overrides) and options.config is None:
+        config.run = "runs/knn"
+    return neighbours(config)
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a checkpoint for others to open: timm, transformers, ONNX."""
+    from mae_et.exporting import export_checkpoint
+
+    export_checkpoint(options.checkpoint, options.to, options.folder, options.pooling, options.heads)
     return 0
 
 
@@ -55,8 +103,22 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("run", help="a run's folder")
     command.set_defaults(action=evaluate)
 
+    command = commands.add_parser("knn", help="weighted nearest neighbours: checkpoint=runs/x data=cifar100")
+    command.add_argument("--config", help="a recipe of configs/probe/, or a file of your own")
+    command.set_defaults(action=knn)
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+
+    command = commands.add_parser(
+        "export", help="a checkpoint for timm, transformers or ONNX, compared after"
+    )
+    command.add_argument("checkpoint", help="a run's folder, one of its checkpoints, or whatever checkpoint= takes")
+    command.add_argument("--to", required=True, choices=("timm", "hf", "onnx"))
+    command.add_argument("--folder", help="where to; default: exports/<name of the run>-<form>")
+    command.add_argument("--pooling", choices=("mean", "cls"), help="of an encoder's features; default: cls, else mean")
+    command.add_argument("--heads", type=int, help="attention heads, where a file does not tell them")
+    command.set_defaults(action=export)
+
     options = parser.parse_args(arguments)
     try:
         return options.action(options)

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from mae_et.curriculum.plan import Plan
 from mae_et.engine.distributed import Ranks
+from mae_et.engine.meter import axes
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.engine.state import TrainState
 from mae_et.evaluation.accuracy import Examination, classify
@@ -20,6 +22,7 @@ REPORT_FILE = "report.json"
 
 def conclude(
     state: TrainState,
+    plan: Plan,
     images: LabelledImages,
     how: Examination,
     ranks: Ranks,
@@ -47,7 +50,8 @@ def conclude(
     confusion_picture(picture, results[final].confusion, images.classes)
     report = {"step": state.step, "size": list(how.size), **{name: summary(result) for name, result in results.items()}}
     write_text_atomic(report_path, json.dumps(report, indent=1))
-    tracker.log({key: value for name in results for key, value in metrics(name, results[name]).items()}, state.step)
+    found = {key: value for name in results for key, value in metrics(name, results[name]).items()}
+    tracker.log({**axes(plan, state), **found}, state.step)
     tracker.images({f"{final}/confusion": picture}, state.step)
     for name, result in results.items():
         say(

@@ -43,7 +43,7 @@ from mae_et.running import (
     main_first,
 )
 
-BACKBONE_FILE, LINEAGE_FILE = "backbone.json", "lineage.json"
+BACKBONE_FILE, LINEAGE_FILE, CLASSES_FILE = "backbone.json", "lineage.json", "classes.json"
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ def assemble_labelled(
         loop=loop_config(config, config.optim.accumulation, config.optim.clip),
         repeats=config.data.repeats,
         parent=start.parent,
-        records=records(start),
-        conclude=partial(conclude, state, images, how, ranks, folder),
+        records=records(start, images),
+        conclude=partial(conclude, state, plan, images, how, ranks, folder),
     )
 
 
@@ -287,7 +287,7 @@ def watch(
     return [] if images.val is None else [AccuracyObserver(state, images.val, how, ranks, every)]
 
 
-def records(start: Start) -> dict[str, str]:
+def records(start: Start, images: LabelledImages) -> dict[str, str]:
     """What the run's folder keeps of its beginning, so that it continues and is opened without the parent."""
-    kept = {BACKBONE_FILE: start.backbone.to_json()}
+    kept = {BACKBONE_FILE: start.backbone.to_json(), CLASSES_FILE: json.dumps(images.classes, indent=0)}
     return kept if start.parent is None else {**kept, LINEAGE_FILE: json.dumps(asdict(start.parent), indent=1)}

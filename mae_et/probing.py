@@ -110,8 +110,8 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
             observers=watch(state, images, how, ranks, config.evaluation.every),
             loop=loop_config(config, config.optim.accumulation, config.optim.clip),
             parent=start.parent,
-            records=records(start),
-            conclude=partial(conclude, state, images, how, ranks, folder),
+            records=records(start, images),
+            conclude=partial(conclude, state, plan, images, how, ranks, folder),
         )
 
     return execute(config, assemble, resume, say)

@@ -42,7 +42,7 @@ EXPECTED_ERRORS = (ConfigError, RunFolderError, CheckpointError, WeightsError, T
 
 # What may differ between the starts of one run: where and how it runs, not what it learns.
 FREE_KEYS = (
-    *("run", "data.root", "data.images", "data.download", "data.workers", "data.max_pixels"),
+    *("run", "data.root", "data.images", "data.classes", "data.download", "data.workers", "data.max_pixels"),
     *("engine.", "saving.", "tracking.", "evaluation."),
 )
 

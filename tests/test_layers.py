@@ -21,7 +21,8 @@ ROOMS = [
     {"running"},
     {"labelled"},
     {"examination"},
-    {"pretraining", "finetuning", "probing"},
+    {"pretraining", "finetuning"},
+    {"probing", "exporting"},
     {"report"},
     {"__main__"},
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -99,5 +100,20 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.count == 1:
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    # Buffers are constants (positions, pixel statistics), so broadcasting them every step would be waste.
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are constants (positions, pixel statistics), so broadcasting them every step would be waste; but for those
+    # of BatchNorm, whose statistics are then the main rank's everywhere.
+    return DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=has_statistics(model), gradient_as_bucket_view=True
+    )
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether a model has running statistics, which each rank counts on its own images."""
+    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
+
+
+def share_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks the main rank's running statistics, which its checkpoint holds as well."""
+    if ranks.count > 1 and has_statistics(model):
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

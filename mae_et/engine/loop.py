@@ -132,6 +132,7 @@ def train(
                 tracker.log(row(plan, state, now, meter), state.step)
                 check_finite(state, config.max_skipped)
                 meter = Meter()
+            paused = time.perf_counter()
             looked = observe(observers, plan, state, tracker)
             overdue = config.save_every_seconds is not None and time.monotonic() - last_save > config.save_every_seconds
             overdue |= config.save_every_steps is not None and state.step % config.save_every_steps == 0
@@ -142,7 +143,8 @@ def train(
             if stopping and not done:
                 return stop.received or signal.SIGTERM
             if looked or saving:  # not training: neither counts as its time
-                clock = meter.started = time.perf_counter()
+                clock = time.perf_counter()
+                meter.started += clock - paused
     return None
 
 

@@ -10,7 +10,7 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.loader import RequestDataset, batches_of, build_loader
 from mae_et.data.sources import Source
 from mae_et.data.transforms import EvalTransform
-from mae_et.engine.distributed import Ranks
+from mae_et.engine.distributed import Ranks, share_statistics
 from mae_et.engine.loop import Observation
 from mae_et.engine.state import TrainState
 from mae_et.evaluation.classification import ClassificationResult, Tally
@@ -40,6 +40,7 @@ def classify(state: TrainState, source: Source, how: Examination, ranks: Ranks) 
     The network is left in evaluation mode.
     """
     model = state.evaluated.eval()
+    share_statistics(model, ranks)
     share = list(range(ranks.rank, len(source), ranks.count))
     dataset = RequestDataset(source, EvalTransform(how.size, how.crop_fraction))
     loader = build_loader(
@@ -56,7 +57,10 @@ def classify(state: TrainState, source: Source, how: Examination, ranks: Ranks) 
 
 
 class AccuracyObserver:
-    """Accuracy on held-out images whenever another `every` of the compute is spent, and at the end."""
+    """Accuracy on held-out images whenever another `every` of the compute is spent.
+
+    Not at the very end, where the whole examination comes (`mae_et.examination`).
+    """
 
     def __init__(self, state: TrainState, source: Source, how: Examination, ranks: Ranks, every: float | None):
         self.state, self.source, self.how, self.ranks, self.every = state, source, how, ranks, every
@@ -64,7 +68,7 @@ class AccuracyObserver:
     def due(self, plan: Plan, done: int) -> bool:
         """Whether a multiple of `every` lies within the last step."""
         if done == plan.total_steps or self.every is None:
-            return done == plan.total_steps
+            return False
         before, after = plan.compute_fraction(done - 1), plan.compute_fraction(done)
         return int(after / self.every) > int(before / self.every)
 

@@ -92,9 +92,9 @@ def grid_probe(
 ) -> GridResult:
     """Train a linear classifier for every learning rate and kind of features; choose one, and test it once.
 
-    SGD with momentum 0.9, no weight decay, rate x batch / 256 falling to 0 as a cosine, weights from N(0, 0.01),
-    biases 0: DINOv2's linear evaluation (arXiv 2304.07193, section 7.1; `eval/linear.py` of the released code), which
-    trains 12,500 steps of 1024 images. Other than there, heads are chosen on held-out training images, by accuracy
+    SGD with momentum 0.9, no weight decay, rate x batch / 256 falling to 0 as a cosine, normal weights of deviation
+    0.01, biases 0: DINOv2's linear evaluation (arXiv 2304.07193; `eval/linear.py` of the released code), which trains
+    12,500 steps of 128 images on each GPU. Other than there, heads are chosen on held-out training images, by accuracy
     and then by loss, and not on the data that are reported; and features do not change from epoch to epoch.
 
     Args:

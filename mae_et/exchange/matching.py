@@ -65,7 +65,7 @@ def load_weights(
         weights: from `open_weights`.
         fresh: beginnings of names that may be missing from the weights, or be of another number of classes there.
         norm_to_fc_norm: let a model with mean pooling take the final norm that was pretrained, for features of a frozen
-            model. MAE's fine-tuning trains a new one.
+            model (it normalises the mean, where pretraining normalised every patch). Fine-tuning trains a new one.
 
     Raises:
         WeightsError: nothing matches, a tensor has another shape, one is missing, or the model would compute something
@@ -190,11 +190,7 @@ def _some(names: Sequence[str] | Mapping[str, Tensor]) -> str:
 
 def _grouped(names: Sequence[str]) -> str:
     """Names, with those of a large module counted under its name."""
-    sizes = Counter(name.partition(".")[0] for name in names)
-    parts = [
-        f"{name.partition('.')[0]}.* ({sizes[name.partition('.')[0]]})"
-        if sizes[name.partition(".")[0]] > _FEW
-        else name
-        for name in names
-    ]
+    modules = [name.partition(".")[0] for name in names]
+    sizes = Counter(modules)
+    parts = (f"{m}.* ({sizes[m]})" if sizes[m] > _FEW else name for m, name in zip(modules, names))
     return ", ".join(dict.fromkeys(parts))

@@ -31,8 +31,12 @@ _LINEAR_OR_NORM = r"(weight|bias)"
 _NAMES: dict[Family, list[tuple[str, str]]] = {
     "dinov2": [
         (rf"embeddings\.patch_embeddings\.projection\.{_LINEAR_OR_NORM}", r"patch_embed.proj.\1"),
-        (rf"encoder\.layer\.(\d+)\.attention\.attention\.(\w+)\.{_LINEAR_OR_NORM}", r"blocks.\1.attn.\2.\3"),
-        (rf"encoder\.layer\.(\d+)\.attention\.output\.dense\.{_LINEAR_OR_NORM}", r"blocks.\1.attn.proj.\2"),
+        # transformers 4 has attention.attention.query and attention.output.dense, 5 has attention.q_proj and .o_proj.
+        (
+            rf"encoder\.layer\.(\d+)\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.{_LINEAR_OR_NORM}",
+            r"blocks.\1.attn.\2.\3",
+        ),
+        (rf"encoder\.layer\.(\d+)\.attention\.(?:output\.dense|o_proj)\.{_LINEAR_OR_NORM}", r"blocks.\1.attn.proj.\2"),
         (rf"encoder\.layer\.(\d+)\.(norm[12]|mlp\.fc[12])\.{_LINEAR_OR_NORM}", r"blocks.\1.\2.\3"),
         (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
         (rf"layernorm\.{_LINEAR_OR_NORM}", r"norm.\1"),
@@ -143,10 +147,10 @@ def _translate(named: Arrays, prefix: str, family: Family) -> dict[str, Tensor]:
         translated = _timm_name(name, prefix, family)
         if translated is not None:
             tensors[translated] = torch.from_numpy(np.array(array))
-    for query in [name for name in tensors if ".attn.query." in name]:
-        parts = [query.replace("query", part) for part in ("query", "key", "value")]
+    for query in [name for name in tensors if ".attn.q." in name]:
+        parts = [query.replace(".q.", part) for part in (".q.", ".k.", ".v.")]
         if all(part in tensors for part in parts):
-            tensors[query.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
+            tensors[query.replace(".q.", ".qkv.")] = torch.cat([tensors.pop(part) for part in parts])
     return tensors
 
 

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from yaml import YAMLError
@@ -146,9 +147,11 @@ def _from_run(path: Path, heads: int | None) -> Weights:
 
 def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
     """The run's folder, and the checkpoint that a path names."""
+    place = path.resolve()
     if (path / "manifest.json").exists():
-        return path.resolve().parent.parent, load_checkpoint(path)
-    run = path.resolve().parent if path.resolve().name == "checkpoints" else path
+        # A copy elsewhere has no run beside it.
+        return (place.parent.parent if place.parent.name == "checkpoints" else place), load_checkpoint(path)
+    run = place.parent if place.name == "checkpoints" else path
     if not (run / "checkpoints").is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
         advice = f"did you mean {files[0]}?" if files else _FORMS
@@ -354,10 +357,12 @@ def _from_timm(text: str) -> Weights:
 
 def _shape_of_timm(net: nn.Module, tensors: Named) -> ViTShape | None:
     """The shape of a timm model if `build_vit` makes the same function from its tensors."""
-    block = net.blocks[0] if type(net) is VisionTransformer else None
+    if type(net) is not VisionTransformer or not isinstance(net.patch_embed, PatchEmbed):
+        return None
+    block = net.blocks[0]
     if not isinstance(block, Block) or not isinstance(block.mlp.act, nn.GELU) or block.norm1.eps != 1e-6:
         return None
-    return infer_shape(tensors, cast("int", block.attn.num_heads), cast("tuple[int, int]", net.patch_embed.img_size))
+    return infer_shape(tensors, cast("int", block.attn.num_heads), net.patch_embed.img_size)
 
 
 def _sha256(file: Path) -> str:

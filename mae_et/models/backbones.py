@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_et.curriculum.stage import format_size
-from mae_et.models.windows import follow_windows
+from mae_et.models.windows import follow_windows, load_tables
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -69,9 +69,14 @@ def build_backbone(
         raise ValueError(f"arguments of {name} hold {argument!r}: set `{_OWN_ARGUMENTS[argument]}` instead")
     # Families that do not know one of these refuse it.
     wishes = {"img_size": size, "dynamic_img_size": True, "drop_path_rate": drop_path}
-    model = _create(name, {"num_classes": classes, "in_chans": channels} | dict(arguments), wishes, pretrained)
+    fixed = {"num_classes": classes, "in_chans": channels} | dict(arguments)
+    swin = name.partition(".")[0] in timm.list_models(module="swin_transformer")
+    model = _create(name, fixed, wishes, pretrained and not swin)
     if isinstance(model, SwinTransformer):
         follow_windows(model)
+        if pretrained:
+            fixed.pop("window_size", None)
+            load_tables(model, cast(SwinTransformer, _create(name, fixed, {}, pretrained=True)))
     return model
 
 
@@ -88,7 +93,7 @@ def check_sizes(model: nn.Module, sizes: Sequence[Size], channels: int) -> None:
     """
     failures = {size: reason for size in dict.fromkeys(sizes) if (reason := _failure(model, size, channels))}
     for size, reason in failures.items():
-        fits = [format_size(other) for other in sizes if other not in failures]
+        fits = [format_size(other) for other in dict.fromkeys(sizes) if other not in failures]
         step = _largest_reduction(model) or 1
         if any(side % step for side in size):
             advice = f"multiples of {step}"
@@ -100,10 +105,8 @@ def check_sizes(model: nn.Module, sizes: Sequence[Size], channels: int) -> None:
 def multiply_adds(model: nn.Module, sizes: Sequence[Size], channels: int) -> dict[Size, float]:
     """Multiply-adds of a forward pass of one image, by size: matrix products and convolutions, as torch counts them.
 
-    Nothing is computed: a copy of the model without data is run on shapes alone.
-
-    Raises:
-        ValueError: the model cannot take a size.
+    Nothing is computed: a copy of the model without data is run on shapes alone. Sizes are those that `check_sizes`
+    lets pass; at others the model's own error comes through.
     """
     return {size: _attempt(_flops, model, size, channels, images=1, training=False) / 2 for size in sizes}
 
@@ -170,17 +173,17 @@ def _create(name: str, fixed: dict[str, Any], wishes: dict[str, Any], pretrained
         try:
             return timm.create_model(name, pretrained=pretrained, **(wishes | fixed))
         except TypeError as error:
-            _, found, rest = str(error).partition("unexpected keyword argument")
-            unknown = set(re.findall(r"'(\w+)'", rest))
-            if not found or not unknown:
+            found = re.search(r"(unexpected|multiple values for) keyword argument(.*)", str(error))
+            refused = set(re.findall(r"'(\w+)'", found[2])) if found else set()
+            if not refused:
                 raise
-            foreign = unknown - wishes.keys() | unknown & fixed.keys()
-            if foreign:
-                raise ValueError(f"{name} does not know the arguments {', '.join(sorted(foreign))}") from error
-            if "drop_path_rate" in unknown and wishes["drop_path_rate"]:
+            if foreign := sorted(refused & fixed.keys()):
+                why = "does not know the" if found and found[1] == "unexpected" else "has its own"
+                raise ValueError(f"{name} {why} arguments {', '.join(foreign)}: leave them out") from error
+            if "drop_path_rate" in refused and wishes["drop_path_rate"]:
                 rate = wishes["drop_path_rate"]
                 raise ValueError(f"{name} takes no drop path (drop_path={rate}): set it to 0") from error
-            wishes = {key: value for key, value in wishes.items() if key not in unknown}
+            wishes = {key: value for key, value in wishes.items() if key not in refused}
 
 
 def _failure(model: nn.Module, size: Size, channels: int) -> str | None:

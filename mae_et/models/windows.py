@@ -40,6 +40,14 @@ def bicubic_weights(length: int, wanted: int) -> Tensor:
     return F.interpolate(lines, (length, wanted), mode="bicubic", align_corners=False)[0, 0].T.float()
 
 
+def resampling(window: Pair, wanted: Pair) -> tuple[Tensor, Tensor] | None:
+    """`bicubic_weights` by rows and columns from the table of one window to another's; None between equals."""
+    if window == wanted:
+        return None
+    rows, columns = (bicubic_weights(2 * old - 1, 2 * new - 1) for old, new in zip(window, wanted))
+    return rows, columns
+
+
 def resample_table(table: Tensor, window: Pair, weights: tuple[Tensor, Tensor] | None) -> Tensor:
     """Relative position biases of one window, for another.
 
@@ -49,8 +57,8 @@ def resample_table(table: Tensor, window: Pair, weights: tuple[Tensor, Tensor] |
     Args:
         table: [(2 * rows - 1) * (2 * columns - 1), heads], of `window`.
         window: (rows, columns) of the table.
-        weights: [2 * rows' - 1, 2 * rows - 1] and the same for columns (see `bicubic_weights`), rows' and columns' of
-            the wanted window; None leaves the table as it is.
+        weights: [2 * rows' - 1, 2 * rows - 1] and the same for columns, rows' and columns' of the wanted window (see
+            `resampling`); None leaves the table as it is.
 
     Returns:
         [heads, 2 * rows' - 1, 2 * columns' - 1].
@@ -165,10 +173,13 @@ class WindowBlock(nn.Module):
         rows, columns = to_2tuple(block.input_resolution)
         self.final_grid = (int(rows), int(columns))
         self.shifts = any(block.target_shift_size)
-        self.norm1, self.norm2 = block.norm1, block.norm2
+        # In timm's order, by which optimizers number parameters.
+        self.norm1 = block.norm1
         self.attn = WindowAttention(block.attn)
-        self.drop_path1, self.drop_path2 = block.drop_path1, block.drop_path2
+        self.drop_path1 = block.drop_path1
+        self.norm2 = block.norm2
         self.mlp = block.mlp
+        self.drop_path2 = block.drop_path2
         self._layouts: dict[tuple[Pair, torch.device], Layout] = {}
 
     def layout(self, grid: Pair, device: torch.device) -> Layout:
@@ -183,12 +194,12 @@ class WindowBlock(nn.Module):
         final = self.attn.window_size
         window = scaled_window(final, self.final_grid, grid)
         rows, columns = (w // 2 if self.shifts and w < side else 0 for w, side in zip(window, grid))
-        mask = weights = None
+        mask = None
         if rows or columns:
             mask = shift_mask(padded(grid, window), window, (rows, columns)).to(device)
-        if window != final:
-            down, across = (bicubic_weights(2 * w - 1, 2 * now - 1).to(device) for w, now in zip(final, window))
-            weights = (down, across)
+        weights = resampling(final, window)
+        if weights is not None:
+            weights = (weights[0].to(device), weights[1].to(device))
         return Layout(window, (rows, columns), mask, weights)
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -220,3 +231,18 @@ def follow_windows(model: SwinTransformer) -> None:
                 raise ValueError("always_partition=True keeps windows from following B: leave it out of the arguments")
             blocks[index] = WindowBlock(cast(SwinTransformerBlock, block))
     cast(PatchEmbed, model.patch_embed).strict_img_size = False
+
+
+def load_tables(model: SwinTransformer, source: SwinTransformer) -> None:
+    """Give a Swin that follows B the parameters of timm's, whose windows may be others.
+
+    Tables are resampled as in forward, so that a model of 224 px loaded for 192 px is what it was at B=192.
+    """
+    tensors = source.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, WindowAttention):
+            table = f"{name}.relative_position_bias_table"
+            rows, columns = to_2tuple(cast(TimmWindowAttention, source.get_submodule(name)).window_size)
+            weights = resampling((int(rows), int(columns)), module.window_size)
+            tensors[table] = resample_table(tensors[table], (int(rows), int(columns)), weights).flatten(1).T
+    model.load_state_dict(tensors)

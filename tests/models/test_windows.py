@@ -21,6 +21,7 @@ from mae_et.models.windows import (
     padded,
     partition,
     resample_table,
+    resampling,
     scaled_window,
     shift_mask,
     spread_biases,
@@ -83,8 +84,7 @@ def test_bicubic_weights_are_the_cubic_kernel(length, wanted):
 @pytest.mark.parametrize("wanted", [(3, 3), (5, 5), (9, 9), (3, 5), (1, 7)])
 def test_table_is_resampled_as_timm_does(wanted):
     table = torch.randn(169, 4, generator=torch.Generator().manual_seed(0))
-    down, across = (bicubic_weights(13, 2 * side - 1) for side in wanted)
-    ours = resample_table(table, (7, 7), (down, across)).flatten(1).T
+    ours = resample_table(table, (7, 7), resampling((7, 7), wanted)).flatten(1).T
     theirs = resize_rel_pos_bias_table_simple(table, wanted, tuple(ours.shape))
     # float32 sums of 16 products of order 1, in another order.
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -106,7 +106,7 @@ def test_biases_belong_to_displacements(window):
     ("size", "window", "shift"), [((6, 6), (3, 3), (1, 1)), ((8, 12), (4, 6), (2, 3)), ((3, 10), (3, 5), (0, 2))]
 )
 def test_mask_separates_what_the_roll_joined(size, window, shift):
-    """Tokens see each other where a window of the rolled map holds both and none of the two came round an edge alone."""
+    """Tokens of a window see each other where both came round an edge in the roll, or neither did."""
     row = torch.arange(size[0])[:, None].expand(size)
     column = torch.arange(size[1]).expand(size)
     came_round = torch.stack([row, column], dim=-1) + torch.tensor(shift) >= torch.tensor(size)
