@@ -31,7 +31,7 @@ from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Origin, Weights, open_weights
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.models.backbones import check_sizes, multiply_adds, scaled_drop_path, stride
-from mae_et.models.classifier import Classifier, reset_head
+from mae_et.models.classifier import Classifier, head_name, reset_head
 from mae_et.planning import accounting, build_curriculum
 from mae_et.running import (
     Assembly,
@@ -181,7 +181,7 @@ def build_model(config: FinetuneConfig, start: Start, classes: int, say: Say = p
     net = start.backbone.build(classes, pooling, drop_path(config))
     if start.weights is not None:
         reset_head(net, config.model.head_std)
-        say(load_weights(net, start.weights).text())
+        say(load_weights(net, start.weights, fresh=("fc_norm.", f"{head_name(net)}.")).text())
     return Classifier(net, start.backbone.mean, start.backbone.std)
 
 

@@ -108,7 +108,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
     for index, group in enumerate(optimizer.param_groups):
         if "step" in group:  # timm's LAMB counts per group, on the host
-            tensors[f"{index}.{GROUP_STEP}"] = torch.tensor(group["step"])
+            tensors[f"{index}.{GROUP_STEP}"] = torch.as_tensor(group["step"]).clone()
     return tensors
 
 
@@ -126,7 +126,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition(".")
         if key == GROUP_STEP:
-            optimizer.param_groups[int(parameter_name)]["step"] = int(tensor)
+            optimizer.param_groups[int(parameter_name)]["step"] = tensor.clone()
             continue
         if parameter_name not in parameters:
             raise ValueError(f"the optimizer state holds {parameter_name!r}, which the model has not")

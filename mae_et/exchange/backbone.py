@@ -111,7 +111,8 @@ def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: 
     size = wanted or (known.size if known else DEFAULT_SIZE)
     name = model.name or (weights.model if weights is not None and known is None else None)
     if name is not None and name not in ENCODER_SIZES:
-        return Backbone(size, channels, mean, std, None, name, dict(model.arguments))
+        of_checkpoint = weights.arguments if weights is not None and model.name is None else {}
+        return Backbone(size, channels, mean, std, None, name, {**of_checkpoint, **model.arguments})
     if name is not None:
         shape = configured_shape(model, size, channels)
     elif known is not None:

@@ -100,7 +100,7 @@ def _import_onnx() -> ModuleType:
         import onnx
         import onnx.numpy_helper
     except ImportError:
-        raise ValueError("to read ONNX files, install the extra: pip install 'mae_et[onnx]'") from None
+        raise ValueError("to read ONNX files, install the extra: pip install 'mae_et[export]'") from None
     return onnx
 
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from yaml import YAMLError
@@ -362,7 +362,7 @@ def _shape_of_timm(net: nn.Module, tensors: Named) -> ViTShape | None:
     block = net.blocks[0]
     if not isinstance(block, Block) or not isinstance(block.mlp.act, nn.GELU) or block.norm1.eps != 1e-6:
         return None
-    return infer_shape(tensors, cast("int", block.attn.num_heads), net.patch_embed.img_size)
+    return infer_shape(tensors, cast("int", block.attn.num_heads), cast("tuple[int, int]", net.patch_embed.img_size))
 
 
 def _sha256(file: Path) -> str:

@@ -56,17 +56,22 @@ class Classifier(nn.Module):
         return self.net(self.normalise(images))
 
 
+def head_name(net: nn.Module) -> str:
+    """Name of a timm network's last layer: "head" of a ViT, "fc" of a ResNet, "head.fc" of a ConvNeXt."""
+    head = net.get_classifier()  # pyright: ignore[reportCallIssue]
+    return next(name for name, module in net.named_modules() if module is head)
+
+
 def reset_head(net: nn.Module, std: float) -> None:
-    """Draw the head anew: weights from a normal distribution cut at two deviations, biases 0.
+    """Draw the last layer anew: weights from a normal distribution cut at two deviations, biases 0.
 
     MAE fine-tunes from 2e-5 and probes from 0.01.
     """
     head = net.get_classifier()  # pyright: ignore[reportCallIssue]
-    for module in head.modules() if isinstance(head, nn.Module) else ():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    *_, last = (module for module in head.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    trunc_normal_(last.weight, std=std)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
 
 
 class FrozenProbe(nn.Module):

@@ -20,9 +20,9 @@ from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import WeightsError, open_weights
 from mae_et.models.vit import ViTShape, build_vit
 
-onnx = pytest.importorskip("onnx", reason="needs the extra mae_et[onnx]")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra mae_et[onnx]")
-pytest.importorskip("onnxscript", reason="needs the extra mae_et[onnx]")
+onnx = pytest.importorskip("onnx", reason="needs the extra mae_et[export]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra mae_et[export]")
+pytest.importorskip("onnxscript", reason="needs the extra mae_et[export]")
 
 # Other kernels sum in another order; features are of size 1 to 10.
 TOLERANCE = 1e-4
