@@ -109,9 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
 
-    command = commands.add_parser(
-        "export", help="a checkpoint for timm, transformers or ONNX, compared after"
-    )
+    command = commands.add_parser("export", help="a checkpoint for timm, transformers or ONNX, compared after")
     command.add_argument("checkpoint", help="a run's folder, one of its checkpoints, or whatever checkpoint= takes")
     command.add_argument("--to", required=True, choices=("timm", "hf", "onnx"))
     command.add_argument("--folder", help="where to; default: exports/<name of the run>-<form>")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.models._manipulate import group_parameters
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
 from torch import nn
@@ -43,21 +44,43 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def supervised_groups(net: nn.Module, weight_decay: float, layer_decay: float | None) -> Groups:
-    """Groups of one of timm's models: what it exempts from weight decay, and one learning rate a layer.
+    """Groups of one of timm's networks: one learning rate a layer, and what is exempt from weight decay.
 
-    A group's learning rate is `lr_scale` of the schedule's. With layer decay d and a ViT of n blocks that is
-    d^(n+1) for embeddings and class token, d^(n-i) for block i from 0, and 1 for what follows the blocks (MAE's
-    fine-tuning, after BEiT). Biases, norms, position embeddings and class tokens do not decay.
+    A group's learning rate is `lr_scale` of the schedule's: d^(layers - layer) for layer decay d, with `layer_ids`.
+    Vectors do not decay, nor does what the network itself exempts: position embeddings and class tokens.
     """
-    exempt = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()  # pyright: ignore[reportCallIssue]
-    if layer_decay is None:
-        groups: Any = param_groups_weight_decay(net, weight_decay, tuple(exempt))  # pyright: ignore[reportArgumentType]
-    else:
-        groups = param_groups_layer_decay(
-            net, weight_decay, no_weight_decay_list=tuple(exempt), layer_decay=layer_decay, min_scale=0.0
-        )
-    kept = ("params", "weight_decay", "lr_scale")
-    return [{key: group[key] for key in kept if key in group} for group in groups if group["params"]]
+    exempt = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # pyright: ignore[reportCallIssue]
+    layers = layer_ids(net)
+    last = max(layers.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        spared = parameter.ndim <= 1 or name in exempt
+        layer = last if layer_decay is None else layers[name]
+        group = {"params": [], "weight_decay": 0.0 if spared else weight_decay}
+        if layer_decay is not None:
+            group["lr_scale"] = layer_decay ** (last - layer)
+        groups.setdefault((layer, spared), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_ids(net: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, from 0.
+
+    Of a ViT of n blocks as in MAE's fine-tuning, after BEiT: 0 for embeddings and class token, i + 1 for block i from
+    0, n + 1 for what follows the blocks. Of other networks as timm groups them, with the head in the last layer.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    if isinstance(net, VisionTransformer):
+        after = len(net.blocks) + 1
+        stem = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.")
+        inside = {name: 0 if name.startswith(stem) else after for name in names}
+        return {name: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else inside[name] for name in names}
+    matcher = net.group_matcher(coarse=False)  # pyright: ignore[reportCallIssue]
+    known: Any = group_parameters(net, matcher, reverse=True)
+    last = max(known.values())
+    return {name: known.get(name, last) for name in names}
 
 
 def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mae_et.evaluation.features import Features
+from mae_et.evaluation.grid_probe import stratified_split
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+MILD = 1.0  # where one image a class leaves nothing to choose on
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,14 @@ def logistic_probe(
         choose_on: training images used for the choice.
         seed: of the split.
     """
-    from sklearn.model_selection import train_test_split  # a second of imports, which training does without
-
     mean, std = train.features.mean(axis=0), train.features.std(axis=0) + 1e-6
     x, x_test = (train.features - mean) / std, (test.features - mean) / std
     y = train.labels
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(x))[:choose_on]
-    smallest = np.unique(y[order], return_counts=True)[1].min()
-    x_fit, x_held, y_fit, y_held = train_test_split(
-        x[order], y[order], test_size=0.2, random_state=seed, stratify=y[order] if smallest > 1 else None
-    )
-    scores = [_fit(x_fit, y_fit, c).score(x_held, y_held) for c in strengths]
+    if np.bincount(y[order]).max() < 2:
+        return ProbeResult(float(_fit(x, y, MILD).score(x_test, test.labels)), MILD)
+    fit, held = (order[rows] for rows in stratified_split(y[order], 0.2, seed))
+    scores = [_fit(x[fit], y[fit], strength).score(x[held], y[held]) for strength in strengths]
     best = strengths[int(np.argmax(scores))]
     return ProbeResult(float(_fit(x, y, best).score(x_test, test.labels)), best)
 

@@ -49,7 +49,7 @@ def test_the_choice_of_attention_changes_rounding_only(name):
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_a_few_steps_lower_the_loss_in_every_type(name):
-    from mae_et.engine.optim import build_optimizer, set_learning_rate
+    from mae_et.engine.optim import adam_settings, build_optimizer, decay_groups, set_learning_rate
     from mae_et.engine.state import TrainState
     from mae_et.engine.step import apply_update
 
@@ -58,7 +58,8 @@ def test_a_few_steps_lower_the_loss_in_every_type(name):
         (16, 16), 4, width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
     )
     precision = Precision.choose(name, CPU)
-    optimizer, scaler = build_optimizer(model, 0.05, (0.9, 0.95)), precision.scaler()
+    optimizer = build_optimizer(decay_groups(model, 0.05), adam_settings(0.05, (0.9, 0.95)))
+    scaler = precision.scaler()
     state = TrainState(model, model, optimizer, precision, CPU, scaler)
     images, noise = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), mask_noise(torch.arange(8), 16)
     losses = []
