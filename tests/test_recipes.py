@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
-from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,50 +14,11 @@ from mae_et.data.sources import count_images
 from mae_et.planning import build_plan, final_size, peak_learning_rate
 from mae_et.pretraining import build_model
 from mae_et.sizes import hog_cell
+from tests.recipes import REPOSITORY, check_cost, check_estimate, commands, recipes, written
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
+RECIPES = recipes("pretrain")
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-# An NVIDIA H100's dense bf16 rate, as its data sheet gives it.
-H100_FLOPS = 989e12
-
-
-class Command(NamedTuple):
-    """A command of a header: how many processes it starts, the file it names and the keys it changes."""
-
-    words: list[str]
-    ranks: int
-    config: str
-    overrides: list[str]
-
-
-def header(path: Path) -> list[str]:
-    """The lines of the comment at the top of a file, those that end in a backslash joined with their next."""
-    comment = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())]
-    return "\n".join(comment).replace("\\\n", "").split("\n")
-
-
-def commands(path: Path, program: str) -> list[Command]:
-    """The commands of a header that run `program`: lines of the form `label: python ...` or `label: torchrun ...`."""
-    found = []
-    for line in header(path):
-        match = re.fullmatch(r"[^:]+: ((?:python|torchrun) .+)", line)
-        if match is None or program not in match[1]:
-            continue
-        words = shlex.split(match[1])
-        launched = {key: int(count) for key, count in re.findall(r"--(nnodes|nproc_per_node)=(\d+)", match[1])}
-        overrides = words[words.index("--config") + 2 :]
-        ranks = launched.get("nnodes", 1) * launched.get("nproc_per_node", 1)
-        found.append(Command(words, ranks, words[words.index("--config") + 1], overrides))
-    return found
-
-
-def written(path: Path, pattern: str) -> re.Match[str]:
-    """The one line of the header that has this form."""
-    matches = [match for line in header(path) if (match := re.fullmatch(pattern, line))]
-    assert len(matches) == 1, f"{path.name} has {len(matches)} lines of the form {pattern!r} in its header"
-    return matches[0]
 
 
 def planned_images(path: Path) -> int:
@@ -111,27 +69,12 @@ def test_the_cost_is_what_the_plan_command_prints(path, monkeypatch, capsys):
     assert REPOSITORY / command.config == path
     monkeypatch.chdir(REPOSITORY)
     assert main(command.words[3:]) == 0
-    printed = capsys.readouterr().out
-    cost = written(path, r"cost: ([\d.]+) equivalent epochs, ([\d.]+ [TPE])FLOPs")
-    assert f"cost: {cost[1]} equivalent epochs at B=" in printed
-    assert f", {cost[2]}FLOPs in all" in printed
+    check_cost(path, capsys.readouterr().out)
 
 
 @every_recipe
 def test_gpu_hours_follow_from_their_assumption(path):
-    """A recipe that was run here gives what it took, in its `here` line, and needs no estimate."""
-    if written(path, r"here: (.+)")[1] != "not run here":
-        assert re.search(r"\d+(\.\d+)? (seconds|minutes|hours)", written(path, r"here: (.+)")[1])
-        return
-    estimate = written(
-        path, r"estimate: ([\d.]+) GPU hours on H100 at (\d+) % of 989 TFLOP/s dense bf16 \(estimate, not measured\)"
-    )
-    flops = build_plan(load_config(path), planned_images(path)).total_flops
-    assert flops is not None
-    hours = flops / (int(estimate[2]) / 100 * H100_FLOPS) / 3600
-    decimals = len(estimate[1].partition(".")[2])
-    assert estimate[1] == f"{hours:.{decimals}f}"
-    assert decimals >= 1
+    check_estimate(path, build_plan(load_config(path), planned_images(path)).total_flops)
 
 
 @every_recipe
