@@ -42,15 +42,15 @@ def score(run: Path, words: list[str]) -> float | None:
     if result == "report.json":
         return found["test"]["top1"]
     scores = found["scores"]
-    return scores["top1"] if "top1" in scores else max(scores.values())
+    return scores["top1"] if "top1" in scores else scores["top1_k20"]
 
 
-def run_cell(name: str, cell: dict[str, Any], runs: Path, settings: list[str]) -> list[float]:
+def run_cell(name: str, cell: dict[str, Any], runs: Path, settings: list[str], places: dict[str, str]) -> list[float]:
     """All seeds of a cell; the scores that it has."""
     found = []
     for seed in cell.get("seeds", [0]):
         run = runs / (name if len(cell.get("seeds", [0])) == 1 else f"{name}-{seed}")
-        words = [word.replace("{runs}", str(runs)).replace("{seed}", str(seed)) for word in cell["command"].split()]
+        words = [word.format(**places) if "=" in word else word for word in cell["command"].split()]
         if not is_done(run, words):
             started = time.perf_counter()
             line = command([*words, *settings], run, seed)
@@ -68,12 +68,14 @@ def main() -> None:
     """Run what is missing, print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help="a YAML file: runs, settings, cells")
+    parser.add_argument("--set", nargs="*", default=[], metavar="name=path", help="places that the commands name in {}")
     options = parser.parse_args()
+    places = dict(pair.split("=", 1) for pair in options.set)
     table = yaml.safe_load(Path(options.table).read_text())
     runs = Path(table["runs"])
     rows = {}
     for name, cell in table["cells"].items():
-        found = run_cell(name, cell, runs, table.get("settings", []))
+        found = run_cell(name, cell, runs, table.get("settings", []), places)
         if found:
             spread = f" ± {100 * statistics.stdev(found):.2f}" if len(found) > 1 else ""
             rows[name] = f"| {cell.get('title', name)} | {100 * statistics.mean(found):.2f}{spread} | {len(found)} |"

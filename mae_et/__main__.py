@@ -25,8 +25,12 @@ def number_of_images(config: PretrainConfig) -> int:
         raise ConfigError(f"{error}\n(a plan needs only the number of images: data.images=...)") from None
 
 
-def labelled_plan(config: FinetuneConfig) -> Plan:
+def labelled_plan(config: FinetuneConfig, frozen: bool = False) -> Plan:
     """The plan of a run on labels, from `data.images` and `data.classes` or from the data.
+
+    Args:
+        config: of the run.
+        frozen: whether the network is not trained, but for its head.
 
     Raises:
         ConfigError: there are neither.
@@ -41,8 +45,8 @@ def labelled_plan(config: FinetuneConfig) -> Plan:
             images = open_labelled(data, backbone.channels)
         except ConfigError as error:
             raise ConfigError(f"{error}\n(a plan needs only their numbers: data.images=... data.classes=...)") from None
-        return build_plan(config, backbone, len(images.train), len(images.classes))
-    return build_plan(config, backbone, data.images, data.classes)
+        return build_plan(config, backbone, len(images.train), len(images.classes), frozen=frozen)
+    return build_plan(config, backbone, data.images, data.classes, frozen=frozen)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -55,7 +59,10 @@ def plan(options: argparse.Namespace) -> int:
     elif task == "probe":
         from mae_et.probing import as_finetuning
 
-        print(plan_table(labelled_plan(as_finetuning(load_config(options.config, options.overrides, ProbeConfig)))))
+        config = load_config(options.config, options.overrides, ProbeConfig)
+        if config.protocol != "mae":
+            raise ConfigError(f"protocol={config.protocol} works on features that are computed once: it has no plan")
+        print(plan_table(labelled_plan(as_finetuning(config), frozen=True)))
     else:
         from mae_et.planning import build_plan
 

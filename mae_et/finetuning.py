@@ -97,8 +97,16 @@ def examination_size(config: FinetuneConfig, backbone: Backbone) -> tuple[int, i
         raise ConfigError(f"evaluation.size: {error}") from None
 
 
-def build_plan(config: FinetuneConfig, backbone: Backbone, images: int, classes: int, ranks: int = 1) -> Plan:
+def build_plan(
+    config: FinetuneConfig, backbone: Backbone, images: int, classes: int, ranks: int = 1, frozen: bool = False
+) -> Plan:
     """The run in steps, once the network has been tried at every B; nothing is computed.
+
+    Args:
+        config, backbone: of the run.
+        images, classes: in the training set.
+        ranks: processes that share a batch.
+        frozen: whether the network is run forward alone, under a head whose own cost is nothing beside it.
 
     Raises:
         ConfigError: a B that the network cannot take, or whatever `Curriculum.plan` refuses.
@@ -111,7 +119,9 @@ def build_plan(config: FinetuneConfig, backbone: Backbone, images: int, classes:
         curriculum = build_curriculum(config.curriculum, backbone.size, step, magnitude)
         sizes = [stage.bandwidth for stage in curriculum.stages]
         check_sizes(net, [*sizes, backbone.size, examination_size(config, backbone)], backbone.channels)
-        counted = CountedCost(multiply_adds(net, [*sizes, backbone.size], backbone.channels))
+        counts = multiply_adds(net, [*sizes, backbone.size], backbone.channels)
+        # A plan counts a backward pass of twice the cost.
+        counted = CountedCost({size: count / 3 if frozen else count for size, count in counts.items()})
         plan = curriculum.plan(
             epochs=config.epochs,
             images=images,

@@ -96,7 +96,7 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
         with main_first(ranks):
             images = open_labelled(config.data, start.backbone.channels)
         classes = len(images.classes)
-        plan = build_plan(settings, start.backbone, len(images.train), classes, ranks.count)
+        plan = build_plan(settings, start.backbone, len(images.train), classes, ranks.count, frozen=True)
         torch.manual_seed(config.seed)
         encoder = frozen_encoder(start.backbone, start.weights, config.model, say if ranks.is_main else _nothing)
         state = probe_state(config, start, encoder, classes, ranks)
@@ -147,18 +147,21 @@ def frozen_encoder(backbone: Backbone, weights: Weights | None, model: Classifie
     has_class_token = backbone.shape is None or backbone.shape.class_token
     if model.pooling == "cls" and not has_class_token:
         raise ConfigError("model.pooling=cls: this network has no class token; use model.pooling=mean")
-    net = backbone.build(0, "cls" if has_class_token else "mean")
+    net = backbone.build(0, "cls" if has_class_token and not backbone.norm_follows_pooling else "mean")
     if weights is not None:
         say(load_weights(net, weights, fresh=(), norm_to_fc_norm=True).text())
     return net.requires_grad_(False)
 
 
 def pooled(net: nn.Module, images: Tensor, pooling: str) -> Tensor:
-    """Features [N, D] of normalised images: of a ViT the class token or the mean of the patches, after its norm."""
+    """Features [N, D] of normalised images: of a ViT the class token or the mean of the patches.
+
+    The final norm comes where the network has it: before the pooling, or after (`fc_norm`; the other is the identity).
+    """
     if not isinstance(net, VisionTransformer):
         return net(images)
-    tokens = net.fc_norm(net.forward_features(images))  # one of the two norms is the identity
-    return tokens[:, 0] if pooling == "cls" else tokens[:, net.num_prefix_tokens :].mean(dim=1)
+    tokens = net.forward_features(images)
+    return net.fc_norm(tokens[:, 0] if pooling == "cls" else tokens[:, net.num_prefix_tokens :].mean(dim=1))
 
 
 def feature_width(backbone: Backbone, embed: Callable[[nn.Module, Tensor], Tensor]) -> int:

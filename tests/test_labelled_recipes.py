@@ -27,17 +27,21 @@ RECIPES = [path for kind in SCHEMAS for path in recipes(kind)]
 # Keys that neither the network nor its schedule depends on; batches are checked for themselves.
 BESIDE_THE_PLAN = {"run", "checkpoint", "data", "data.root", "data.shots", "data.subset_seed", "optim.accumulation"}
 IMAGENET = {"images": 1_281_167, "classes": 1000}
-# MAE's forward pass is all that a probe computes; a plan counts a backward pass of twice its cost as well.
-FORWARD = 1 / 3
 
 
 def schema_of(path: Path) -> type[FinetuneConfig] | type[ProbeConfig]:
     return SCHEMAS[path.parent.name]
 
 
+@cache
+def loaded(path: Path, *overrides: str) -> FinetuneConfig | ProbeConfig:
+    """The run that a recipe and overrides come to."""
+    return load_config(path, overrides, schema_of(path))
+
+
 def is_trained(path: Path) -> bool:
     """Whether steps are made: not by protocols on cached features, of which there is no plan."""
-    config = load_config(path, [], schema_of(path))
+    config = loaded(path)
     return isinstance(config, FinetuneConfig) or config.protocol == "mae"
 
 
@@ -84,12 +88,19 @@ def planned_model(path: Path) -> list[str]:
 
 def load(path: Path, overrides: list[str]) -> FinetuneConfig:
     """The run that a command starts, without its checkpoint, which is not on this machine."""
-    config = load_config(path, [*planned_model(path), *overrides, "checkpoint=null"], schema_of(path))
-    return config if isinstance(config, FinetuneConfig) else as_finetuning(config)
+    config = loaded(path, *planned_model(path), *overrides)
+    return replace(config if isinstance(config, FinetuneConfig) else as_finetuning(config), checkpoint=None)
 
 
 def backbone_of(config: FinetuneConfig) -> Backbone:
     return choose_backbone(config.model, config.data, None)
+
+
+@cache
+def plan_of(path: Path, *overrides: str) -> Plan:
+    """The plan of a command other than the header's own, of as many images and a thousand classes."""
+    config = load(path, list(overrides))
+    return build_plan(config, backbone_of(config), printed(path).plan.images, IMAGENET["classes"])
 
 
 def check_command(path: Path, command: Command) -> None:
@@ -98,7 +109,7 @@ def check_command(path: Path, command: Command) -> None:
     plan = printed(path).plan
     keys = {override.partition("=")[0] for override in command.overrides}
     if not keys <= BESIDE_THE_PLAN:
-        plan = build_plan(config, backbone_of(config), plan.images, IMAGENET["classes"], command.ranks)
+        plan = plan_of(path, *command.overrides)
     assert plan.stages[-1].bandwidth == backbone_of(config).size
     assert config.optim.batch % (command.ranks * config.optim.accumulation) == 0
     check_batch(config, command.ranks)
@@ -110,7 +121,7 @@ def test_a_header_gives_the_commands_and_they_load(path):
     assert starts
     for command in starts:
         assert REPOSITORY / command.config == path
-        config = load_config(path, command.overrides, schema_of(path))
+        config = loaded(path, *command.overrides)
         # A command without a checkpoint is one from scratch, and names its network.
         assert config.checkpoint or (config.model.name and not isinstance(config, ProbeConfig))
         if is_trained(path):
@@ -127,12 +138,18 @@ def test_the_cost_is_what_the_plan_command_prints(path):
 def test_gpu_hours_follow_from_their_assumption(path):
     flops = printed(path).plan.total_flops
     assert flops is not None
-    check_estimate(path, flops * FORWARD if schema_of(path) is ProbeConfig else flops)
+    check_estimate(path, flops)
+
+
+def claim(path: Path, label: str) -> str:
+    """What follows a label of a header, with the indented lines below."""
+    (found,) = re.findall(rf"^# {label}: (.+(?:\n#     .+)*)", path.read_text(), re.MULTILINE)
+    return found.replace("\n#    ", "")
 
 
 @every_recipe
 def test_a_header_says_what_was_published_and_what_was_run(path):
-    published = written(path, r"published: (.+)")[1]
+    published = claim(path, "published")
     assert published.startswith("no published result") or re.search(r"\d %.*\(.+\)", published)
     assert written(path, r"here: (.+)")[1]
 
@@ -147,7 +164,7 @@ def test_keys_of_the_prose_exist(path):
 
 
 def test_no_two_recipes_share_a_folder():
-    runs = [load_config(path, [], schema_of(path)).run for path in RECIPES]
+    runs = [loaded(path).run for path in RECIPES]
     runs += [load_config(path, [], PretrainConfig).run for path in recipes("pretrain")]
     assert len(runs) == len(set(runs))
 
@@ -158,10 +175,10 @@ def test_checkpoints_are_those_that_other_recipes_make():
         made |= {load_config(path, command.overrides).run for command in commands(path, "pretrain.py")}
     for path in RECIPES:
         for command in commands(path, schema_of(path).PROGRAM):
-            made.add(load_config(path, command.overrides, schema_of(path)).run)
+            made.add(loaded(path, *command.overrides).run)
     for path in RECIPES:
         for command in commands(path, schema_of(path).PROGRAM):
-            checkpoint = load_config(path, command.overrides, schema_of(path)).checkpoint or ""
+            checkpoint = loaded(path, *command.overrides).checkpoint or ""
             if checkpoint.startswith("timm/"):
                 name, _, tag = checkpoint.removeprefix("timm/").partition(".")
                 assert f"{name}.{tag}" in timm.list_pretrained(name + "*")
@@ -172,7 +189,7 @@ def test_checkpoints_are_those_that_other_recipes_make():
 @every_recipe
 def test_test_data_choose_nothing(path):
     """ImageNet's published recipes train on all of train and hold nothing out; everywhere else something is."""
-    data = load_config(path, [], schema_of(path)).data
+    data = loaded(path).data
     assert data.test_split is None or data.test_split != data.val_split
     assert (data.holdout == 0) == data.source.startswith("imagenet")
 
@@ -269,17 +286,13 @@ def test_the_baseline_differs_in_the_schedule_alone(name):
     path = REPOSITORY / "configs" / "supervised" / f"{name}.yaml"
     (command,) = [found for found in commands(path, "finetune.py") if "curriculum.preset=baseline" in found.overrides]
     config = load(path, command.overrides)
-    plan = build_plan(config, backbone_of(config), plan_images(), IMAGENET["classes"], command.ranks)
+    plan = plan_of(path, *command.overrides)
     assert [stage.bandwidth for stage in plan.stages] == [(224, 224)]
     assert plan.equivalent_epochs == pytest.approx(300)
     assert plan.at(0).magnitude == plan.at(plan.total_steps - 1).magnitude == 9
     # The scripts' bases are what the originals have at 300 epochs.
     assert drop_path(config) == load(path, []).model.drop_path
     assert config.optim.warmup * 300 == pytest.approx(20, rel=0.001)
-
-
-def plan_images() -> int:
-    return IMAGENET["images"]
 
 
 def test_convnext_from_22k_to_1k():

@@ -150,7 +150,7 @@ def test_sizes_by_a_linear_rule_over_epochs():
     stages = [f"{{end: {5 * k / 300}, bandwidth: {32 * k}}}" for k in range(1, 7)] + ["{end: 1, bandwidth: 224}"]
     overrides = [f"curriculum.stages=[{', '.join(stages)}]", "curriculum.axis=epoch", "epochs=300"]
     config = load_config(None, [*overrides, "optim.batch=64", "target.kind=pixel"])
-    assert build_curriculum(config).axis == "epoch"
+    assert build_curriculum(config.curriculum, (224, 224), 16).axis == "epoch"
     steps_per_epoch = 20
     plan = build_plan(config, 64 * steps_per_epoch)
     for epoch in range(300):

@@ -7,7 +7,9 @@ import shlex
 
 import torch
 
-from mae_et.config import load_config
+from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, load_config
+
+SCHEMAS = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig, "linear_probe.py": ProbeConfig, "mae_et": None}
 
 
 def test_the_library_example_runs(repository):
@@ -22,10 +24,23 @@ def test_the_library_example_runs(repository):
 
 
 def test_commands_name_recipes_and_keys_that_exist(repository):
-    lines = [line.strip() for line in (repository / "README.md").read_text().splitlines()]
-    commands = [line for line in lines if "--config configs/" in line]
-    assert len(commands) >= 3
-    for line in commands:
-        words = shlex.split(line)
-        overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
-        load_config(repository / words[words.index("--config") + 1], overrides)
+    found = 0
+    for page in (repository / "README.md", *(repository / "docs").glob("*.md")):
+        lines = page.read_text().replace("\\\n", " ").splitlines()
+        for line in (line.strip() for line in lines if re.match(r" {4,}(python|torchrun) ", line)):
+            words = shlex.split(line)
+            (schema,) = [kind for program, kind in SCHEMAS.items() if program in words]
+            overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
+            if schema is None:
+                schema = {"knn": ProbeConfig, "plan": PretrainConfig, "evaluate": PretrainConfig}.get(words[3])
+            if schema is not None:
+                config = repository / words[words.index("--config") + 1] if "--config" in words else None
+                load_config(config, overrides, schema)
+                found += 1
+    assert found >= 8
+
+
+def test_links_within_the_repository_lead_somewhere(repository):
+    for page in (repository / "README.md", *(repository / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -32,6 +32,8 @@ class Backbone:
         shape: of a plain ViT, at `size`; None for others.
         model: of timm, where it is no plain ViT of ours.
         arguments: for timm's constructor.
+        norm_follows_pooling: whether the checkpoint is a ViT that was trained with mean pooling, whose final norm is of
+            the mean (`fc_norm`); its frozen features need it.
     """
 
     size: tuple[int, int]
@@ -41,6 +43,7 @@ class Backbone:
     shape: ViTShape | None = None
     model: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    norm_follows_pooling: bool = False
 
     @property
     def name(self) -> str:
@@ -121,7 +124,8 @@ def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: 
         raise ConfigError("model.name is not set, and no checkpoint tells it: model.name=vit_base, timm/resnet50, ...")
     if any(side % shape.patch_size for side in size):
         raise ConfigError(f"data.size={size} is not a multiple of the patch of {shape.patch_size} px")
-    return Backbone(size, channels, mean, std, shape)
+    norm_follows_pooling = weights is not None and "fc_norm.weight" in weights.tensors
+    return Backbone(size, channels, mean, std, shape, norm_follows_pooling=norm_follows_pooling)
 
 
 def configured_shape(model: ClassifierConfig, size: tuple[int, int], channels: int) -> ViTShape:

@@ -89,3 +89,14 @@ def test_the_table_shows_every_stage_and_the_totals():
     table = plan_table(plan)
     for text in ("135,893", "97,843", "49,920", "283,656 steps", "400.0 equivalent epochs at B=224", "435.6"):
         assert text in table
+
+
+@pytest.mark.parametrize(
+    ("final", "patch", "sizes"),
+    [(224, 32, [160, 160, 224]), (384, 32, [160, 256, 384]), (28, 4, [20, 20, 28]), (96, 32, [64, 64, 96])],
+)
+def test_a_floor_raises_the_first_stages(final, patch, sizes):
+    """ConvNeXt begins at 160 of 224 px (EfficientTrain++, appendix A.1, and the released scripts)."""
+    stages = Curriculum.preset("efficienttrain_pp", final, patch, floor=160).stages
+    assert [stage.bandwidth for stage in stages] == [(size, size) for size in sizes]
+    assert [stage.end for stage in stages] == [0.2, 0.6, 1.0]
