@@ -144,6 +144,13 @@ def test_data_in_one_word(tmp_path):
         data("cifar")
 
 
+def test_model_and_curriculum_in_one_word():
+    config = load_config(None, ["model=timm/resnet50", "curriculum=efficienttrain_pp"], FinetuneConfig)
+    assert (config.model.name, config.curriculum.preset) == ("timm/resnet50", "efficienttrain_pp")
+    with pytest.raises(ConfigError, match="'vit_bas' is not one of"):
+        load_config(None, ["model=vit_bas"])
+
+
 def test_free_form_keys():
     config = load_config(None, ["model.arguments={depths: [1, 1]}", "model.arguments.patch_size=1"], FinetuneConfig)
     assert config.model.arguments == {"depths": [1, 1], "patch_size": 1}

@@ -52,7 +52,7 @@ def load_config(
     for origin, layer in layers:
         values = OmegaConf.to_container(layer)
         assert isinstance(values, dict)
-        _expand_data(values)
+        _expand(values)
         _refuse_unknown(origin, values, known, free_form)
         try:
             config = OmegaConf.merge(config, values)
@@ -153,8 +153,15 @@ def _check_range(key: str, value: float | None, bounds: tuple[float, float, bool
     raise ConfigError(f"{key}={value} is out of range: it must be {bound}")
 
 
-def _expand_data(values: dict[Any, Any]) -> None:
-    """`data=cifar100` is short for `data.source=cifar100`; `data=/photos` for the folder (or list file) at /photos."""
+def _expand(values: dict[Any, Any]) -> None:
+    """Spell out what may be said in one word.
+
+    `model=timm/resnet50` is `model.name`, `curriculum=efficienttrain_pp` is `curriculum.preset`, `data=cifar100` is
+    `data.source`, and `data=/photos` is the folder (or list file) at /photos.
+    """
+    for section, key in (("model", "name"), ("curriculum", "preset")):
+        if isinstance(values.get(section), str):
+            values[section] = {key: values[section]}
     short = values.get("data")
     if not isinstance(short, str):
         return
