@@ -79,9 +79,9 @@ def settle_start(config: FinetuneConfig, folder: RunFolder | None, resuming: boo
 def drop_path(config: FinetuneConfig) -> float:
     """`model.drop_path`, in proportion to the budget where `model.drop_path_epochs` says for which it is meant."""
     reference = config.model.drop_path_epochs
-    return config.model.drop_path if reference is None else scaled_drop_path(
-        config.model.drop_path, config.epochs, reference
-    )  # fmt: skip
+    if reference is None:
+        return config.model.drop_path
+    return scaled_drop_path(config.model.drop_path, config.epochs, reference)
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:

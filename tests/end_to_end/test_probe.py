@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from mae_et.__main__ import main
-from mae_et.config import ConfigError
+from mae_et.config import ConfigError, ProbeConfig, load_config
 from mae_et.engine.checkpoint import latest_checkpoint
+from mae_et.exchange.backbone import choose_backbone
+from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import WeightsError, open_weights
+from mae_et.probing import frozen_encoder, pooled
 from mae_et.tracking import read_metrics
 from tests.end_to_end.labelled import finetune_here, probe_here, write_classes
 from tests.end_to_end.tiny import history, run_here, weights
@@ -91,6 +94,24 @@ def test_nearest_neighbours_from_the_command_line(images, pretrained, tmp_path, 
     assert set(found["scores"]) == {"top1_k1", "top1_k5"}
     assert found["scores"]["top1_k5"] > 0.6
     assert read_metrics(run / "metrics.jsonl")[-1]["knn/top1_k5"] == found["scores"]["top1_k5"]
+
+
+def test_a_tuned_classifier_is_probed_through_its_own_norm(images, pretrained, tmp_path):
+    """Mean pooling has its norm after the pooling: its features are what the head was trained on."""
+    tuned = finetune_here(images, tmp_path / "tuned", f"checkpoint={pretrained}", "epochs=1")
+    changes = [f"checkpoint={tuned}", "model.pooling=mean"]
+    run = probe_here(images, tmp_path / "run", *changes, "protocol=logistic")
+    assert scores(run)["scores"]["top1"] > 0.6
+    weights_of = open_weights(str(tuned))
+    settings = load_config(None, changes, ProbeConfig)
+    backbone = choose_backbone(settings.model, settings.data, weights_of)
+    encoder = frozen_encoder(backbone, weights_of, settings.model, lambda _line: None).eval()
+    whole = backbone.build(3, "mean").eval()
+    load_weights(whole, weights_of)
+    pixels = torch.randn(4, 3, 16, 16)
+    expected = whole(pixels)
+    logits = pooled(encoder, pixels, "mean") @ whole.head.weight.T + whole.head.bias
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_few_shots_cut_what_probes_learn_from(images, pretrained, tmp_path):
