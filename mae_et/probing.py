@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_et.config import AugmentConfig, ClassifierConfig, ConfigError, FinetuneConfig, ProbeConfig
+from mae_et.config import AugmentConfig, ClassifierConfig, ConfigError, FinetuneConfig, ProbeConfig, dump_config
 from mae_et.data.loader import RequestDataset
 from mae_et.data.sources import Source
 from mae_et.engine.distributed import Ranks, choose_device, replicate
@@ -218,11 +218,14 @@ def score_frozen(config: ProbeConfig, scorer: Scorer, job_type: str, say: Say) -
     images = replace(images, test=test)
     say(f"{frozen.backbone.name}; {images.describe()}")
     with RunFolder(config.run) as folder:
+        if any(folder.checkpoints.iterdir()):
+            raise ConfigError(f"{folder.path} holds a training run; choose another folder for scores with run=...")
         scores = scorer(frozen, images, config, say)
         origin = frozen.weights.origin
         tracker = open_trackers(config, folder, None, origin, job_type)
         tracker.log({f"{job_type}/{name}": value for name, value in scores.items() if isinstance(value, float)}, 0)
         tracker.finish(0)
+        write_text_atomic(folder.config_path, dump_config(config))
         report = {"job": job_type, "scores": scores, "images": {"train": len(images.train), "test": len(test)}}
         write_text_atomic(folder.path / SCORES_FILE, json.dumps({**report, "seed": config.seed}, indent=1))
         say(f"everything is in {folder.path}")

@@ -305,6 +305,8 @@ def open_trackers(
 ) -> Tracker:
     """metrics.jsonl, and the console and W&B as configured; a new run with a parent begins with a row about it.
 
+    Scores that are taken once more in the same folder begin with such a row again: the parent may be another.
+
     Args:
         config, folder: of the run.
         plan: of the run; None where nothing is trained.
@@ -333,7 +335,7 @@ def open_trackers(
                 run_id=run_id,
             )
         )
-    if parent is not None and is_new:
+    if parent is not None and (is_new or plan is None):
         trackers[0].log(lineage_row(parent), 0)  # W&B has it in its configuration of the run
     return MultiTracker(trackers)
 

@@ -94,6 +94,9 @@ def test_nearest_neighbours_from_the_command_line(images, pretrained, tmp_path, 
     assert set(found["scores"]) == {"top1_k1", "top1_k5"}
     assert found["scores"]["top1_k5"] > 0.6
     assert read_metrics(run / "metrics.jsonl")[-1]["knn/top1_k5"] == found["scores"]["top1_k5"]
+    assert load_config(run / "config.yaml", schema=ProbeConfig).neighbours.k == [1, 5]
+    with pytest.raises(ConfigError, match="holds a training run"):
+        probe_here(images, pretrained, f"checkpoint={pretrained}", knn=True)
 
 
 def test_a_tuned_classifier_is_probed_through_its_own_norm(images, pretrained, tmp_path):
