@@ -45,11 +45,32 @@ def score(run: Path, words: list[str]) -> float | None:
     return scores["top1"] if "top1" in scores else scores["top1_k20"]
 
 
+def spent(run: Path) -> tuple[float, float] | None:
+    """(FLOPs, minutes) of a run's training; None where nothing was trained."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "compute/flops" in row]
+    return (found[-1]["compute/flops"], 60 * found[-1]["time/hours"]) if found else None
+
+
+def table_row(title: str, runs: list[Path], found: list[float]) -> str:
+    """Mean and deviation of the accuracy, compute and median minutes of training."""
+    spread = f" ± {100 * statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    costs = [cost for run in runs if (cost := spent(run)) is not None]
+    compute = f"{costs[0][0] / 1e12:.1f}" if costs else ""
+    minutes = f"{statistics.median(cost[1] for cost in costs):.1f}" if costs else ""
+    return f"| {title} | {100 * statistics.mean(found):.1f}{spread} | {compute} | {minutes} | {len(found)} |"
+
+
+def folders(name: str, cell: dict[str, Any], runs: Path) -> dict[int, Path]:
+    """Where the run of each seed is."""
+    seeds = cell.get("seeds", [0])
+    return {seed: runs / (name if len(seeds) == 1 else f"{name}-{seed}") for seed in seeds}
+
+
 def run_cell(name: str, cell: dict[str, Any], runs: Path, settings: list[str], places: dict[str, str]) -> list[float]:
     """All seeds of a cell; the scores that it has."""
     found = []
-    for seed in cell.get("seeds", [0]):
-        run = runs / (name if len(cell.get("seeds", [0])) == 1 else f"{name}-{seed}")
+    for seed, run in folders(name, cell, runs).items():
         words = [word.format(**places) if "=" in word else word for word in cell["command"].split()]
         if not is_done(run, words):
             started = time.perf_counter()
@@ -77,9 +98,8 @@ def main() -> None:
     for name, cell in table["cells"].items():
         found = run_cell(name, cell, runs, table.get("settings", []), places)
         if found:
-            spread = f" ± {100 * statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            rows[name] = f"| {cell.get('title', name)} | {100 * statistics.mean(found):.2f}{spread} | {len(found)} |"
-    print("\n| cell | test accuracy, % | seeds |\n|---|---|---|")
+            rows[name] = table_row(cell["title"], list(folders(name, cell, runs).values()), found)
+    print("\n| run | test accuracy, % | training, TFLOPs | training, min | seeds |\n|---|---|---|---|---|")
     print("\n".join(rows.values()))
 
 
