@@ -12,7 +12,7 @@ from mae_et.config.sections import Choices, Ranges, RunConfig
 
 @dataclass
 class GridConfig:
-    """The `grid` protocol: many heads on cached features. The defaults are DINOv2's."""
+    """The `grid` protocol: many heads on cached features, at DINOv2's learning rates."""
 
     rates: list[float] = field(
         default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
@@ -21,7 +21,7 @@ class GridConfig:
     batch: int = 256
     epochs: int = 50
     least_steps: int = 1000  # more epochs where there are fewer steps
-    standardise: bool = False  # features to zero mean and unit deviation
+    standardise: bool = True  # features to zero mean and unit deviation, as the BatchNorm of MAE's probe; DINOv2: false
     holdout: float = 0.2  # share of train that chooses among heads; the choice is then trained on all of it
 
     RANGES: ClassVar[Ranges] = {
