@@ -29,15 +29,18 @@ def test_commands_name_recipes_and_keys_that_exist(repository):
         lines = page.read_text().replace("\\\n", " ").splitlines()
         for line in (line.strip() for line in lines if re.match(r" {4,}(python|torchrun) ", line)):
             words = shlex.split(line)
+            if words[1].startswith("benchmarks/"):
+                assert all((repository / word).exists() for word in words[1:3])
+                continue
             (schema,) = [kind for program, kind in SCHEMAS.items() if program in words]
             overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
             if schema is None:
                 schema = {"knn": ProbeConfig, "plan": PretrainConfig, "evaluate": PretrainConfig}.get(words[3])
-            if schema is not None:
+            if schema is not None and "..." not in words:
                 config = repository / words[words.index("--config") + 1] if "--config" in words else None
                 load_config(config, overrides, schema)
                 found += 1
-    assert found >= 8
+    assert found >= 6
 
 
 def test_links_within_the_repository_lead_somewhere(repository):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim._param_groups import auto_group_layers
 from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
 from torch import nn
@@ -50,8 +51,8 @@ def supervised_groups(net: nn.Module, weight_decay: float, layer_decay: float | 
     Vectors do not decay, nor does what the network itself exempts: position embeddings and class tokens.
     """
     exempt = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # pyright: ignore[reportCallIssue]
-    layers = layer_ids(net)
-    last = max(layers.values())
+    layers = {} if layer_decay is None else layer_ids(net)
+    last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
@@ -77,8 +78,10 @@ def layer_ids(net: nn.Module) -> dict[str, int]:
         stem = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.")
         inside = {name: 0 if name.startswith(stem) else after for name in names}
         return {name: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else inside[name] for name in names}
-    matcher = net.group_matcher(coarse=False)  # pyright: ignore[reportCallIssue]
-    known: Any = group_parameters(net, matcher, reverse=True)
+    matcher: Any = getattr(net, "group_matcher", None)  # CAFormer, for one, has none
+    known: Any = (
+        auto_group_layers(net) if matcher is None else group_parameters(net, matcher(coarse=False), reverse=True)
+    )
     last = max(known.values())
     return {name: known.get(name, last) for name in names}
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from mae_et.config import ConfigError, load_config
+from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from mae_et.curriculum import Plan
 from mae_et.data.decode import ImageError
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint
@@ -109,11 +110,11 @@ def test_a_checkpoint_can_begin_a_run_in_another_folder_only(photos, tmp_path):
 
 
 def test_free_keys_exist():
-    config = load_config(None)
-    for key in FREE_KEYS:
-        node = config
-        for part in key.rstrip(".").split("."):
-            node = getattr(node, part)
+    keys: set[str] = set()
+    for schema in (PretrainConfig, FinetuneConfig):
+        config = OmegaConf.structured(schema)
+        keys |= {key for key in FREE_KEYS if OmegaConf.select(config, key.rstrip("."), default="absent") != "absent"}
+    assert keys == set(FREE_KEYS)
 
 
 def test_a_changed_data_set_is_refused(photos, tmp_path):

@@ -54,7 +54,7 @@ def test_without_layer_decay_all_learn_alike():
     assert found["head.weight"][1] == found["blocks.1.mlp.fc1.weight"][1] == 0.1
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "pvt_v2_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "caformer_s18"])
 def test_layer_decay_of_other_networks_rises_towards_the_head(name):
     with torch.device("meta"):
         net = build_backbone(name, classes=5, size=(224, 224), channels=3, drop_path=0.0, arguments={})

@@ -251,5 +251,5 @@ def test_without_the_package(tmp_path, monkeypatch):
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(WeightsError, match=r"install the extra: pip install 'mae_et\[onnx\]'"):
+    with pytest.raises(WeightsError, match=r"install the extra: pip install 'mae_et\[export\]'"):
         open_weights(tmp_path / "net.onnx")
