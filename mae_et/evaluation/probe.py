@@ -27,6 +27,30 @@ class ProbeResult:
     strength: float
 
 
+class FittedProbe:
+    """A logistic probe that has seen its training images.
+
+    Args:
+        train: features and labels.
+        strengths, choose_on, seed: as of `logistic_probe`.
+
+    Attributes:
+        strength: C.
+    """
+
+    def __init__(
+        self, train: Features, strengths: Sequence[float] = STRENGTHS, choose_on: int = 10_000, seed: int = 0
+    ) -> None:
+        self._mean, self._std = train.features.mean(axis=0), train.features.std(axis=0) + 1e-6
+        x, y = (train.features - self._mean) / self._std, train.labels
+        self.strength = _choose(x, y, strengths, choose_on, seed)
+        self._classifier = _fit(x, y, self.strength)
+
+    def accuracy(self, test: Features) -> float:
+        """Top-1 in [0, 1]."""
+        return float(self._classifier.score((test.features - self._mean) / self._std, test.labels))
+
+
 def logistic_probe(
     train: Features, test: Features, strengths: Sequence[float] = STRENGTHS, choose_on: int = 10_000, seed: int = 0
 ) -> ProbeResult:
@@ -41,16 +65,18 @@ def logistic_probe(
         choose_on: training images used for the choice.
         seed: of the split.
     """
-    mean, std = train.features.mean(axis=0), train.features.std(axis=0) + 1e-6
-    x, x_test = (train.features - mean) / std, (test.features - mean) / std
-    y = train.labels
+    probe = FittedProbe(train, strengths, choose_on, seed)
+    return ProbeResult(probe.accuracy(test), probe.strength)
+
+
+def _choose(x: np.ndarray, y: np.ndarray, strengths: Sequence[float], choose_on: int, seed: int) -> float:
+    """The strength of the highest accuracy on images held out of (x, y)."""
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(x))[:choose_on]
     if np.bincount(y[order]).max() < 2:
-        return ProbeResult(float(_fit(x, y, MILD).score(x_test, test.labels)), MILD)
+        return MILD
     fit, held = (order[rows] for rows in stratified_split(y[order], 0.2, seed))
     scores = [_fit(x[fit], y[fit], strength).score(x[held], y[held]) for strength in strengths]
-    best = strengths[int(np.argmax(scores))]
-    return ProbeResult(float(_fit(x, y, best).score(x_test, test.labels)), best)
+    return strengths[int(np.argmax(scores))]
 
 
 def _fit(x: Any, y: Any, strength: float) -> LogisticRegression:
