@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mae_et.config import ClassifierConfig, LabelledDataConfig
 from mae_et.exchange.backbone import Backbone, choose_backbone
-from mae_et.exchange.export import Exported, ExportFacts, ExportForm, export
+from mae_et.exchange.export import Exported, ExportError, ExportFacts, ExportForm, export
 from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Weights, WeightsError, open_weights
 from mae_et.finetuning import CLASSES_FILE
@@ -38,10 +38,15 @@ def export_checkpoint(
 
     Raises:
         WeightsError, ConfigError: the checkpoint cannot be opened.
-        ExportError: the form cannot hold the network, or what was written differs from it.
+        ExportError: the form cannot hold the network (none holds locality), or what was written differs from it.
     """
     weights = open_weights(checkpoint, heads)
     backbone = choose_backbone(ClassifierConfig(arguments=weights.arguments), LabelledDataConfig(), weights)
+    if backbone.has_locality:
+        raise ExportError(
+            f"{checkpoint} has a convolution in its feed-forward layers (model.locality), which no ViT of timm or of "
+            "transformers has and no reader of ONNX files here expects; its checkpoints are opened by mae_et itself"
+        )
     classes = class_names(weights)
     chosen = settle_pooling(weights, backbone, pooling)
     net = backbone.build(len(classes), chosen or "mean")

@@ -15,6 +15,7 @@ from mae_et.curriculum.stage import as_size
 from mae_et.exchange.weights import Weights
 from mae_et.models.backbones import build_backbone
 from mae_et.models.classifier import pixel_statistics
+from mae_et.models.locality import CONVOLUTION, add_locality
 from mae_et.models.vit import Pooling, ViTShape, build_vit
 from mae_et.sizes import ENCODER_SIZES
 
@@ -34,6 +35,8 @@ class Backbone:
         arguments: for timm's constructor.
         norm_follows_pooling: whether the checkpoint is a ViT that was trained with mean pooling, whose final norm is of
             the mean (`fc_norm`); its frozen features need it.
+        locality: whether feed-forward layers of timm's `model` are replaced (`mae_et.models.locality`); `shape` says it
+            of a ViT of ours.
     """
 
     size: tuple[int, int]
@@ -44,13 +47,20 @@ class Backbone:
     model: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     norm_follows_pooling: bool = False
+    locality: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        if self.shape is None:
-            return str(self.model)
-        return f"ViT {self.shape.width}x{self.shape.depth}, {self.shape.patch_size}-px patches"
+        base = str(self.model)
+        if self.shape is not None:
+            base = f"ViT {self.shape.width}x{self.shape.depth}, {self.shape.patch_size}-px patches"
+        return f"{base}, with locality" if self.has_locality else base
+
+    @property
+    def has_locality(self) -> bool:
+        """Whether feed-forward layers hold a convolution."""
+        return self.locality if self.shape is None else self.shape.locality
 
     def build(self, classes: int, pooling: Pooling = "mean", drop_path: float = 0.0) -> nn.Module:
         """The network with timm's initial weights, from torch's global generator.
@@ -61,7 +71,7 @@ class Backbone:
         if self.shape is not None:
             return build_vit(self.shape, classes, pooling, drop_path)
         try:
-            return build_backbone(
+            net = build_backbone(
                 str(self.model),
                 classes=classes,
                 size=self.size,
@@ -69,6 +79,7 @@ class Backbone:
                 drop_path=drop_path,
                 arguments=self.arguments,
             )
+            return add_locality(net) if self.locality else net
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"model.name={self.model}: {error}") from None
 
@@ -113,11 +124,13 @@ def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: 
         raise ConfigError(f"data.mean, data.std: {error}") from None
     size = wanted or (known.size if known else DEFAULT_SIZE)
     name = model.name or (weights.model if weights is not None and known is None else None)
+    locality = settled_locality(model, weights)
     if name is not None and name not in ENCODER_SIZES:
         of_checkpoint = weights.arguments if weights is not None and model.name is None else {}
-        return Backbone(size, channels, mean, std, None, name, {**of_checkpoint, **model.arguments})
+        arguments = {**of_checkpoint, **model.arguments}
+        return Backbone(size, channels, mean, std, None, name, arguments, locality=locality)
     if name is not None:
-        shape = configured_shape(model, size, channels)
+        shape = replace(configured_shape(model, size, channels), locality=locality)
     elif known is not None:
         shape = replace(known, size=size, channels=channels)
     else:
@@ -126,6 +139,23 @@ def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: 
         raise ConfigError(f"data.size={size} is not a multiple of the patch of {shape.patch_size} px")
     norm_follows_pooling = weights is not None and "fc_norm.weight" in weights.tensors
     return Backbone(size, channels, mean, std, shape, norm_follows_pooling=norm_follows_pooling)
+
+
+def settled_locality(model: ClassifierConfig, weights: Weights | None) -> bool:
+    """Whether feed-forward layers hold a convolution: as in the checkpoint, or from scratch as configured.
+
+    Raises:
+        ConfigError: it is asked for, and the checkpoint has layers without.
+    """
+    if weights is None:
+        return model.locality
+    in_checkpoint = CONVOLUTION in weights.tensors
+    if model.locality and not in_checkpoint:
+        raise ConfigError(
+            f"model.locality=true: {weights.origin.path} was trained without, and its feed-forward layers do not fit; "
+            "leave model.locality out, or train from scratch (checkpoint=null)"
+        )
+    return in_checkpoint
 
 
 def configured_shape(model: ClassifierConfig, size: tuple[int, int], channels: int) -> ViTShape:

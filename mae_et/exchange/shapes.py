@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mae_et.models.locality import CONVOLUTION
 from mae_et.models.vit import ViTShape, build_vit
 from mae_et.sizes import ENCODER_SIZES
 
@@ -50,6 +51,7 @@ def infer_shape(
         mlp_ratio=hidden.shape[0] / width,
         class_token="cls_token" in tensors,
         layer_scale="blocks.0.ls1.gamma" in tensors,
+        locality=CONVOLUTION in tensors,
     )
     if _difference(shape, tensors) is not None:
         return None

@@ -11,6 +11,8 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mae_et.models.locality import add_locality
+
 Pooling = Literal["mean", "cls"]
 
 
@@ -25,6 +27,7 @@ class ViTShape:
         width, depth, heads, mlp_ratio: of the blocks.
         class_token: whether there is one.
         layer_scale: whether blocks scale their branches (DINOv2, and DeiT III).
+        locality: whether feed-forward layers hold a convolution (`mae_et.models.locality`).
     """
 
     size: tuple[int, int]
@@ -36,6 +39,7 @@ class ViTShape:
     mlp_ratio: float = 4.0
     class_token: bool = True
     layer_scale: bool = False
+    locality: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -58,7 +62,7 @@ def build_vit(
         pooling: "mean" of the patches, or the class token ("cls").
         drop_path: of the last block; it rises linearly from 0 at the first.
     """
-    return VisionTransformer(
+    net = VisionTransformer(
         img_size=shape.size,
         patch_size=shape.patch_size,
         in_chans=shape.channels,
@@ -74,6 +78,7 @@ def build_vit(
         norm_layer=partial(LayerNorm, eps=1e-6),
         dynamic_img_size=True,
     )
+    return add_locality(net) if shape.locality else net
 
 
 def encoder_tensors(model: Mapping[str, Tensor]) -> dict[str, Tensor]:

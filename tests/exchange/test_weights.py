@@ -23,6 +23,7 @@ from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.vit import ViTShape, build_vit
 
 SHAPE = ViTShape((32, 48), patch_size=8, channels=1, width=24, depth=2, heads=3, mlp_ratio=2.0)
+NOT_OURS = ("class_token", "layer_scale", "locality")  # choices that pretraining does not have
 SQUARE = ViTShape((32, 32), patch_size=8, width=64, depth=2, heads=1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CONFIG = {
@@ -34,7 +35,7 @@ CONFIG = {
 
 def autoencoder(shape: ViTShape = SHAPE) -> MaskedAutoencoder:
     """With parameters of their own, so that none can be mistaken for another."""
-    numbers = {name: value for name, value in asdict(shape).items() if name not in ("class_token", "layer_scale")}
+    numbers = {name: value for name, value in asdict(shape).items() if name not in NOT_OURS}
     decoder = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     return randomised(MaskedAutoencoder(**numbers, **decoder, target="pixel"))
 
