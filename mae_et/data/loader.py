@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def outlive_signals(_worker: int) -> None:
 def build_loader(
     dataset: RequestDataset, sampler: Sampler[list[SampleRequest]], workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
-    """A loader for one pass of the sampler, which is a whole run: its workers live through all stages."""
+    """A loader for the whole run: its workers live through all stages."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -89,18 +89,31 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=outlive_signals,
         prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
     )
 
 
 @contextmanager
-def batches_of(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
-    """One pass over a loader; its workers end with the block, also when an error leaves it.
+def batches_of(loader: DataLoader[Batch], times: Iterable[object] = (None,)) -> Iterator[Iterator[Batch]]:
+    """What a loader makes of its sampler; its workers end with the block, also when an error leaves it.
 
     Otherwise they would live for as long as something refers to the error's traceback.
+
+    Args:
+        loader: its sampler is asked at once, and some batches ahead of what is consumed.
+        times: how often it is asked; the next time when all that it asked for before was consumed and one more
+            batch is wanted.
     """
-    iterator = iter(loader)
+    iterator: Iterator[Batch] | None = None
+
+    def batches() -> Iterator[Batch]:
+        nonlocal iterator
+        for _ in times:
+            iterator = iter(loader)  # torch's own, which persistent workers make the same one every time
+            yield from iterator
+
     try:
-        yield iterator
+        yield batches()
     finally:
         shut_down = getattr(iterator, "_shutdown_workers", None)  # what torch itself calls when an iterator dies
         if shut_down is not None:

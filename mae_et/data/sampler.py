@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from mae_et.curriculum.plan import Plan, StepPlan
+from mae_et.curriculum.plan import Plan, PlannedStage, StepPlan
 from mae_et.data.randomness import sample_seed
 from mae_et.data.requests import SampleRequest
+
+
+def pass_order(images: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+    """The permutation of so many images in a pass over the data."""
+    return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(images)
 
 
 class EpochOrder:
@@ -28,15 +34,27 @@ class EpochOrder:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def image_at(self, position: int) -> int:
-        """Image index at a global sample position (0 is the first sample of the run).
+        """Image index at a global position among fresh samples (0 is the first sample of the run).
 
         With repeats > 1, so many consecutive positions hold the same image; `PlanSampler` spreads them over the batch.
         """
         epoch, within = divmod(position, self.epoch_images)
         if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epoch, self._order = epoch, generator.permutation(self.images)
+            self._epoch, self._order = epoch, pass_order(self.images, self.seed, epoch)
         return int(self._order[within // self.repeats])
+
+
+def delivered_steps(stage: PlannedStage, within: int) -> range:
+    """Steps of a stage whose images the data path delivers to a run that goes on at its step `within`.
+
+    They are the fresh ones from there on. Before them come those whose images the replay buffer held when the run
+    left off, so that it is filled again.
+    """
+    fresh = stage.fresh_steps_before(within)
+    if stage.replay and 0 < within < stage.steps:
+        starts_fresh = within % (stage.replay + 1) == 0  # and pushes the oldest out: that is not needed any more
+        fresh -= min(fresh, stage.replay_batches - starts_fresh)
+    return range(fresh * (stage.replay + 1), stage.steps, stage.replay + 1)
 
 
 class PlanSampler(Sampler[list[SampleRequest]]):
@@ -45,6 +63,10 @@ class PlanSampler(Sampler[list[SampleRequest]]):
     Step s covers the global positions `plan.images_before(s)` and on; micro-batch a of rank r takes a contiguous
     share of them. What a position holds depends neither on ranks nor on micro-batches, and a checkpoint needs to
     store nothing but the step.
+
+    Steps that replay images (`data.replay`) request nothing. A pass over the data goes through the fresh samples
+    alone, so that it stays whole; seeds count all samples, so that none comes twice. Where the run goes on amid
+    replays, the requests of what the replay buffer held come first, once more.
 
     Args:
         plan: the run.
@@ -82,26 +104,46 @@ class PlanSampler(Sampler[list[SampleRequest]]):
         self._order = EpochOrder(plan.images, plan.epoch_images, seed, repeats)
 
     def __len__(self) -> int:
-        return (self.plan.total_steps - self.first_step) * self.accumulation
+        return sum(len(steps) for steps in self._delivered()) * self.accumulation
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
-        for step in range(self.first_step, self.plan.total_steps):
-            for micro in range(self.accumulation):
-                yield self.requests(step, micro)
+        for steps in self._delivered():
+            for step in steps:
+                for micro in range(self.accumulation):
+                    yield self.requests(step, micro)
+
+    def _delivered(self) -> Iterator[range]:
+        """Steps of the plan whose images the data path delivers, by stage."""
+        for stage, start in zip(self.plan.stages, self.plan.boundaries):
+            if self.first_step < start + stage.steps:
+                steps = delivered_steps(stage, max(0, self.first_step - start))
+                yield range(start + steps.start, start + steps.stop, steps.step)
 
     def requests(self, step: int, micro: int = 0) -> list[SampleRequest]:
-        """Requests of one micro-batch of this rank."""
+        """Requests of one micro-batch of this rank; the step is a fresh one."""
         now = self.plan.at(step)
+        assert now.fresh, f"step {step} replays images, and requests none"
+        return [self._request(now, within) for within in self.places(now, micro)]
+
+    def places(self, now: StepPlan, micro: int = 0) -> range:
+        """Places of one micro-batch of this rank in the batch of all ranks and micro-batches."""
         count = now.batch // (self.ranks * self.accumulation)
         first = (micro * self.ranks + self.rank) * count
-        return [self._request(now, within) for within in range(first, first + count)]
+        return range(first, first + count)
+
+    def seed_at(self, now: StepPlan, within: int) -> int:
+        """Seed of the sample at a place in the batch, fresh or replayed."""
+        return sample_seed(self.seed, now.images_seen + within)
+
+    def view_of(self, now: StepPlan, within: int) -> int:
+        """The first place in the batch that shows the same image as this one; itself without repeats."""
+        return within % (now.batch // self.repeats)
+
+    def image_at(self, position: int) -> int:
+        """Image index at a global position among fresh samples."""
+        return self._order.image_at(position)
 
     def _request(self, now: StepPlan, within: int) -> SampleRequest:
         """The sample at a place in the batch of all ranks and micro-batches."""
-        image = within % (now.batch // self.repeats)
-        return SampleRequest(
-            self._order.image_at(now.images_seen + image * self.repeats),
-            now.bandwidth,
-            now.magnitude,
-            sample_seed(self.seed, now.images_seen + within),
-        )
+        position = now.fresh_images + self.view_of(now, within) * self.repeats
+        return SampleRequest(self.image_at(position), now.bandwidth, now.magnitude, self.seed_at(now, within))

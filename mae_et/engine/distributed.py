@@ -86,6 +86,15 @@ def from_main(value: str | None) -> str | None:
     return box[0]
 
 
+def slowest(value: float) -> float:
+    """The largest value of all ranks, on every rank; such as seconds, where all wait for the slowest."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return box.item()
+
+
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean of a small tensor over all ranks."""
     if dist.is_initialized():
@@ -93,6 +102,15 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks one after another, [ranks * N, ...] from [N, ...] of each; on the host."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
 
 
 def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:

@@ -56,6 +56,7 @@ class LoopConfig:
         log_every: steps between rows of metrics.
         save_every_steps, save_every_seconds: between checkpoints; None does not save for that reason.
         max_skipped: steps in a row with non-finite gradients before the run stops.
+        wall_seconds: of training after which the run stops for good, wherever it is in its plan; None for no limit.
     """
 
     accumulation: int = 1
@@ -64,6 +65,11 @@ class LoopConfig:
     save_every_steps: int | None = None
     save_every_seconds: float | None = 900.0
     max_skipped: int = 10
+    wall_seconds: float | None = None
+
+    def time_is_up(self, state: TrainState) -> bool:
+        """Whether the run has had its time."""
+        return self.wall_seconds is not None and state.seconds >= self.wall_seconds
 
 
 class StopSignal:
@@ -98,8 +104,9 @@ def train(
     tracker: Tracker,
     save: Callable[[], None],
     observers: Sequence[Observer] = (),
+    until: float = 1.0,
 ) -> int | None:
-    """Run the plan from the state's step to its end, or until a signal.
+    """Run the plan from the state's step to its end, until the clock, or until a signal.
 
     Args:
         state: changed in place.
@@ -110,33 +117,35 @@ def train(
         tracker: receives rows and pictures; a silent one on all ranks but the main one.
         save: writes a checkpoint of the state (and does nothing on other ranks).
         observers: look at the model when they are due.
+        until: where on the curriculum's axis to stop, before the plan's end.
 
     Returns:
-        None when the plan is complete, else the number of the signal that ended it; either way the last state is
-        saved.
+        None at the end of the plan, at `until` or when the time is up; else the number of the signal that ended the
+        run. Either way the last state is saved.
 
     Raises:
         TrainingError: too many steps in a row with non-finite gradients.
     """
     state.network.train()
     timed, meter, last_save, clock = TimedBatches(batches), Meter(), time.monotonic(), time.perf_counter()
+    last, late = plan.first_step_at(until), config.time_is_up(state)
     with StopSignal() as stop:
-        while state.step < plan.total_steps:
+        while state.step < last and not late:
             now = plan.at(state.step)
             result = train_step(state, timed, now, task, config.accumulation, config.clip)
             meter.add(state, result, now.batch, timed.take_waited())
             state.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-            done = state.step == plan.total_steps
+            overdue = config.save_every_seconds is not None and time.monotonic() - last_save > config.save_every_seconds
+            overdue |= config.save_every_steps is not None and state.step % config.save_every_steps == 0
+            stopping, saving, late = any_rank([stop.received is not None, overdue, config.time_is_up(state)])
+            done = state.step == last or late
             if done or state.step % config.log_every == 0 or plan.at(state.step).stage is not now.stage:
                 tracker.log(row(plan, state, now, meter), state.step)
                 check_finite(state, config.max_skipped)
                 meter = Meter()
             paused = time.perf_counter()
             looked = observe(observers, plan, state, tracker)
-            overdue = config.save_every_seconds is not None and time.monotonic() - last_save > config.save_every_seconds
-            overdue |= config.save_every_steps is not None and state.step % config.save_every_steps == 0
-            stopping, saving = any_rank([stop.received is not None, overdue])
             if done or stopping or saving:
                 save()
                 last_save = time.monotonic()

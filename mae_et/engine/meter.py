@@ -87,6 +87,9 @@ def row(plan: Plan, state: TrainState, now: StepPlan, meter: Meter) -> dict[str,
         "stage/index": now.stage.index,
         "stage/bandwidth": max(now.bandwidth),
         "stage/visible": now.stage.visible,
+        # What the data path delivered, where the others are replayed.
+        **({"train/images_fresh": plan.fresh_before(state.step)} if plan.total_fresh < plan.total_images else {}),
+        **({} if state.selection is None else state.selection.metrics(state.step)),
         # By compute, not by steps: later stages have dearer steps.
         "eta/hours": state.seconds / fraction * (1 - fraction) / 3600,
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mae_et.engine.checkpoint import Checkpoint
 from mae_et.engine.optim import optimizer_tensors, restore_optimizer
 from mae_et.engine.precision import Precision
+from mae_et.engine.selection import Selection
 
 
 @dataclass
@@ -26,6 +27,7 @@ class TrainState:
         device: where the model lives.
         scaler: for fp16, else None.
         average: running average of the model's weights and buffers, else None.
+        selection: of samples by their losses, else None.
         step: steps done; the next step is this one.
         seconds: spent in training so far, over all starts of the run.
         skipped, skipped_in_a_row: steps whose gradients were not finite; float32 scalars on the device, so that
@@ -40,6 +42,7 @@ class TrainState:
     device: torch.device
     scaler: torch.amp.GradScaler | None = None
     average: ModelEmaV3 | None = None
+    selection: Selection | None = None
     step: int = 0
     seconds: float = 0.0
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -63,9 +66,13 @@ class TrainState:
             self.average.update(self.model)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensor groups of a checkpoint: model, optimizer, and the average where there is one."""
+        """Tensor groups of a checkpoint: model, optimizer, and average and selection where there are."""
         groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
-        return groups if self.average is None else {**groups, "average": self.average.module.state_dict()}
+        if self.average is not None:
+            groups["average"] = self.average.module.state_dict()
+        if self.selection is not None:
+            groups["selection"] = self.selection.tensors()
+        return groups
 
     def values(self) -> dict[str, Any]:
         """JSON values of a checkpoint."""
@@ -76,6 +83,7 @@ class TrainState:
             "skipped_in_a_row": self.skipped_in_a_row.item(),
             "loss_sum": self.loss_sum.item(),
             "loss_steps": self.loss_steps,
+            "selection": self.selection.values() if self.selection else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "precision": self.precision.name,
             "threads": torch.get_num_threads(),
@@ -94,5 +102,7 @@ class TrainState:
         self.skipped_in_a_row.fill_(values["skipped_in_a_row"])
         self.loss_sum.fill_(values["loss_sum"])
         self.loss_steps = values["loss_steps"]
+        if self.selection is not None:
+            self.selection.restore(checkpoint.tensors["selection"], values["selection"])
         if self.scaler is not None and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])

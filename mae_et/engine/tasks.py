@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from mae_et.curriculum.plan import StepPlan
 from mae_et.data.loader import Batch
 from mae_et.models.masking import mask_noise
+from mae_et.ops.filters import low_pass
 from mae_et.ops.mixing import draw_mix, mix, smooth_targets
 
 Prepare = Callable[[Tensor, tuple[int, int]], Tensor]
 """(images uint8 [N, C, H, W], B) to the images that the model sees; where the exact low-frequency crop happens."""
+
+
+def filtered(images: Tensor, now: StepPlan) -> Tensor:
+    """The images without what the stage's low-pass filter takes away; untouched where there is none."""
+    return images if now.stage.low_pass is None else low_pass(images, now.stage.low_pass)
 
 
 class Task(Protocol):
@@ -48,11 +54,16 @@ class Reconstruction:
         """Images at B, and one sort key a patch from each sample's seed."""
         batch = batch.to(device)
         noise = mask_noise(batch.seeds, now.stage.visible + now.stage.masked)
-        return MaskedImages(self.downsample(batch.images, now.bandwidth), noise)
+        return MaskedImages(filtered(self.downsample(batch.images, now.bandwidth), now), noise)
 
     def loss(self, network: nn.Module, inputs: MaskedImages, now: StepPlan) -> Tensor:
         """Mean squared error of the masked patches."""
         return network(inputs.images, inputs.noise, now.stage.visible).loss
+
+    def losses(self, network: nn.Module, inputs: MaskedImages, now: StepPlan) -> Tensor:
+        """The same by image, float32 [N]: each has as many masked patches, so that their mean is `loss`."""
+        output = network(inputs.images, inputs.noise, now.stage.visible)
+        return (output.prediction - output.target).square().mean(dim=(1, 2))
 
 
 class MixedImages(NamedTuple):
@@ -90,7 +101,7 @@ class Classification:
         # same one for a step that a resumed run repeats. It lies on the host still.
         torch.manual_seed(int(batch.seeds[0]))
         batch = batch.to(device)
-        images = self.downsample(batch.images, now.bandwidth)
+        images = filtered(self.downsample(batch.images, now.bandwidth), now)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         if self.mixup or self.cutmix:
             size = (images.shape[2], images.shape[3])
@@ -101,3 +112,7 @@ class Classification:
     def loss(self, network: nn.Module, inputs: MixedImages, now: StepPlan) -> Tensor:
         """Cross-entropy of fp32 logits."""
         return F.cross_entropy(network(inputs.images).float(), inputs.targets)
+
+    def losses(self, network: nn.Module, inputs: MixedImages, now: StepPlan) -> Tensor:
+        """The same by image, float32 [N]."""
+        return F.cross_entropy(network(inputs.images).float(), inputs.targets, reduction="none")
