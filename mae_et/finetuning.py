@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
+from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, FinetuneConfig
 from mae_et.curriculum import LearningRate, Plan
+from mae_et.curriculum.budget import LONG
+from mae_et.curriculum.calibration import Calibration
 from mae_et.curriculum.cost import CountedCost
 from mae_et.curriculum.stage import as_size
+from mae_et.curriculum.time_table import time_table
 from mae_et.data.augment import TrainTransform
 from mae_et.data.loader import RequestDataset
 from mae_et.engine.distributed import Ranks, replicate
 from mae_et.engine.optim import OptimizerSettings, build_optimizer, supervised_groups
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder
+from mae_et.engine.selection import choose_selection, selected
 from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Classification
 from mae_et.evaluation.accuracy import AccuracyObserver, Examination
@@ -32,7 +37,7 @@ from mae_et.exchange.weights import Origin, Weights, open_weights
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.models.backbones import check_sizes, multiply_adds, scaled_drop_path, stride
 from mae_et.models.classifier import Classifier, head_name, reset_head
-from mae_et.planning import accounting, build_curriculum
+from mae_et.planning import accounting, build_curriculum, replay_buffer, settle_epochs, settle_replay, trial_config
 from mae_et.running import (
     Assembly,
     Say,
@@ -76,12 +81,17 @@ def settle_start(config: FinetuneConfig, folder: RunFolder | None, resuming: boo
     return Start(backbone, weights, None if weights is None else weights.origin)
 
 
-def drop_path(config: FinetuneConfig) -> float:
-    """`model.drop_path`, in proportion to the budget where `model.drop_path_epochs` says for which it is meant."""
+def drop_path(config: FinetuneConfig, epochs: float | None = None) -> float:
+    """`model.drop_path`, in proportion to the budget where `model.drop_path_epochs` says for which it is meant.
+
+    Args:
+        config: of the run.
+        epochs: of its plan; None takes `epochs` of the configuration.
+    """
     reference = config.model.drop_path_epochs
     if reference is None:
         return config.model.drop_path
-    return scaled_drop_path(config.model.drop_path, config.epochs, reference)
+    return scaled_drop_path(config.model.drop_path, epochs or config.epochs, reference)
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:
@@ -98,7 +108,13 @@ def examination_size(config: FinetuneConfig, backbone: Backbone) -> tuple[int, i
 
 
 def build_plan(
-    config: FinetuneConfig, backbone: Backbone, images: int, classes: int, ranks: int = 1, frozen: bool = False
+    config: FinetuneConfig,
+    backbone: Backbone,
+    images: int,
+    classes: int,
+    ranks: int = 1,
+    frozen: bool = False,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The run in steps, once the network has been tried at every B; nothing is computed.
 
@@ -107,6 +123,7 @@ def build_plan(
         images, classes: in the training set.
         ranks: processes that share a batch.
         frozen: whether the network is run forward alone, under a head whose own cost is nothing beside it.
+        calibration: of the configuration, where `needs_calibration` says so.
 
     Raises:
         ConfigError: a B that the network cannot take, or whatever `Curriculum.plan` refuses.
@@ -116,28 +133,41 @@ def build_plan(
     try:
         net = backbone.build_without_data(classes)
         step = math.gcd(stride(net), *backbone.size) if backbone.shape is None else backbone.shape.patch_size
-        curriculum = build_curriculum(config.curriculum, backbone.size, step, magnitude)
+        stages = partial(build_curriculum, config.curriculum, backbone.size, step, magnitude=magnitude)
+        # Growth refuses too few epochs, and a budget has none yet; its sizes are those of any number.
+        curriculum = stages(epochs=config.epochs if config.budget is None else LONG)
         sizes = [stage.bandwidth for stage in curriculum.stages]
         check_sizes(net, [*sizes, backbone.size, examination_size(config, backbone)], backbone.channels)
         counts = multiply_adds(net, [*sizes, backbone.size], backbone.channels)
         # A plan counts a backward pass of twice the cost.
         counted = CountedCost({size: count / 3 if frozen else count for size, count in counts.items()})
-        plan = curriculum.plan(
-            epochs=config.epochs,
-            images=images,
-            batch=optim.batch,
-            patch_size=step,
-            cost=accounting(config.curriculum, counted),
-            flops=counted,
-            learning_rate=LearningRate(peak_learning_rate(config), optim.warmup, optim.min_lr),
-            drop_last=config.curriculum.drop_last,
-            ranks=ranks,
-            accumulation=optim.accumulation,
-        )
+        terms = {
+            "images": images,
+            "batch": optim.batch,
+            "patch_size": step,
+            "cost": accounting(config.curriculum, counted, calibration),
+            "flops": counted,
+            "learning_rate": LearningRate(peak_learning_rate(config), optim.warmup, optim.min_lr),
+            "final_size": backbone.size,
+            "learning_rate_cap": config.curriculum.lr_cap,
+            "more_tokens": config.curriculum.more_tokens,
+            "replay": replay_buffer(config.replay, backbone.channels, backbone.size, config.data.downsample),
+            "drop_last": config.curriculum.drop_last,
+            "ranks": ranks,
+            "accumulation": optim.accumulation,
+        }
+
+        def plan_of(epochs: float, times: float = 1.0) -> Plan:
+            settled = settle_replay(stages(epochs=epochs), config.replay, calibration, epochs=times * epochs, **terms)
+            return settled.plan(epochs=times * epochs, **terms)
+
+        plan = plan_of(settle_epochs(config, plan_of, calibration))
+        if calibration is not None:
+            calibration.seconds(plan.stages)  # refuses stages that it does not hold
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"budget={config.budget}: {error}" if config.budget else str(error)) from None
     check_batch(config, ranks)
     return plan
 
@@ -180,15 +210,23 @@ def build_transform(config: FinetuneConfig, backbone: Backbone) -> TrainTransfor
         raise ConfigError(f"data: {error}") from None
 
 
-def build_model(config: FinetuneConfig, start: Start, classes: int, say: Say = print) -> Classifier:
+def build_model(
+    config: FinetuneConfig, start: Start, classes: int, say: Say = print, epochs: float | None = None
+) -> Classifier:
     """The classifier with its first weights: the checkpoint's under a new head, or timm's own.
+
+    Args:
+        config, start: of the run.
+        classes: of the head.
+        say: where the report on weights goes.
+        epochs: of the plan, for drop path; None takes those of the configuration.
 
     Raises:
         ConfigError, WeightsError: the network cannot be built, or the checkpoint does not fit it.
     """
     torch.manual_seed(config.seed)
     pooling = "cls" if config.model.pooling == "cls" else "mean"
-    net = start.backbone.build(classes, pooling, drop_path(config))
+    net = start.backbone.build(classes, pooling, drop_path(config, epochs))
     if start.weights is not None:
         reset_head(net, config.model.head_std)
         say(load_weights(net, start.weights, fresh=("fc_norm.", f"{head_name(net)}.")).text())
@@ -241,37 +279,88 @@ def build_task(config: FinetuneConfig, classes: int) -> Classification:
 def examination(config: FinetuneConfig, backbone: Backbone, workers: int) -> Examination:
     """How images are shown for accuracy."""
     testing = config.evaluation
-    return Examination(examination_size(config, backbone), testing.crop_fraction, testing.batch, workers)
+    size = examination_size(config, backbone)
+    return Examination(size, testing.crop_fraction, testing.batch, workers, testing.follow_stage)
 
 
-def finetune(config: FinetuneConfig, resume: str = "auto", say: Say = print, only_evaluate: bool = False) -> int:
+def finetune(
+    config: FinetuneConfig,
+    resume: str = "auto",
+    say: Say = print,
+    only_evaluate: bool = False,
+    until: float = 1.0,
+    images: LabelledImages | None = None,
+) -> int:
     """Run, or continue, a run on labels; `running.execute` documents the rest.
 
     Args:
         config: of the run.
-        resume, say: see `running.execute`.
+        resume, say, until: see `running.execute`.
         only_evaluate: examine the run's last checkpoint, and train nothing.
+        images: in place of those that `config.data` names.
     """
+    given = images
 
     def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
         start = settle_start(config, folder, resuming)
         with main_first(ranks):
-            images = open_labelled(config.data, start.backbone.channels)
+            images = open_labelled(config.data, start.backbone.channels) if given is None else given
         quiet = say if ranks.is_main else lambda _line: None
-        return assemble_labelled(config, start, images, folder, ranks, quiet)
+        again = partial(rehearse, config, start.backbone, images)
+        calibration = settle_calibration(config, folder, ranks, resuming, again, quiet)
+        return assemble_labelled(config, start, images, folder, ranks, quiet, calibration)
 
-    return execute(config, assemble, resume, say, only_evaluate)
+    return execute(config, assemble, resume, say, only_evaluate, until)
+
+
+def rehearse(
+    config: FinetuneConfig, backbone: Backbone | None, images: LabelledImages | None, ranks: Ranks
+) -> Assembly:
+    """The configured run with an endless plan and random weights, to time its steps.
+
+    Args:
+        config: of the run.
+        backbone, images: its network and images; None opens them.
+        ranks: of the run.
+    """
+    backbone = backbone or settle_start(config, None, False).backbone
+    if images is None:
+        with main_first(ranks):
+            images = open_labelled(config.data, backbone.channels)
+    trial, classes = trial_config(config), len(images.classes)
+    # Drop path in proportion to an endless budget would drop all; how much it drops costs no time.
+    trial.model = replace(trial.model, drop_path_epochs=None)
+    return Assembly(
+        title=f"{backbone.name} on {images.train.name}",
+        plan=build_plan(trial, backbone, len(images.train), classes, ranks.count),
+        dataset=RequestDataset(images.train, build_transform(config, backbone)),
+        task=build_task(config, classes),
+        state=build_state(config, build_model(trial, Start(backbone, None, None), classes), ranks),
+        observers=[],
+        loop=loop_config(config, config.protocol, ranks, config.optim.accumulation, config.optim.clip),
+        repeats=config.data.repeats,
+    )
 
 
 def assemble_labelled(
-    config: FinetuneConfig, start: Start, images: LabelledImages, folder: RunFolder, ranks: Ranks, say: Say
+    config: FinetuneConfig,
+    start: Start,
+    images: LabelledImages,
+    folder: RunFolder,
+    ranks: Ranks,
+    say: Say,
+    calibration: Calibration | None = None,
 ) -> Assembly:
     """`finetune` from its network and images on."""
     classes, backbone = len(images.classes), start.backbone
-    plan = build_plan(config, backbone, len(images.train), classes, ranks.count)
+    plan = build_plan(config, backbone, len(images.train), classes, ranks.count, calibration=calibration)
+    if calibration is not None:
+        say(time_table(plan, calibration))
     dataset = RequestDataset(images.train, build_transform(config, backbone))
-    model = build_model(config, start, classes, say)
+    model = build_model(config, start, classes, say, plan.epochs)
     state = build_state(config, model, ranks)
+    drop_last, repeats = config.curriculum.drop_last, config.data.repeats
+    state.selection = choose_selection(config.selection, plan, config.seed, drop_last, repeats)
     how = examination(config, backbone, choose_workers(config, ranks))
     parameters = sum(p.numel() for p in model.parameters())
     return Assembly(
@@ -279,13 +368,13 @@ def assemble_labelled(
         f"{'from scratch' if start.parent is None else 'from ' + start.parent.path}; {images.describe()}",
         plan=plan,
         dataset=dataset,
-        task=build_task(config, classes),
+        task=selected(build_task(config, classes), state.selection),
         state=state,
         observers=watch(state, images, how, ranks, config.evaluation.every),
-        loop=loop_config(config, config.optim.accumulation, config.optim.clip),
-        repeats=config.data.repeats,
+        loop=loop_config(config, config.protocol, ranks, config.optim.accumulation, config.optim.clip),
+        repeats=repeats,
         parent=start.parent,
-        records=records(start, images),
+        records={**records(start, images), **calibration_records(calibration)},
         conclude=partial(conclude, state, plan, images, how, ranks, folder),
     )
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, PretrainConfig
+from mae_et.curriculum.time_table import time_table
 from mae_et.data.loader import RequestDataset
 from mae_et.data.sources import Source
 from mae_et.data.transforms import CropTransform
@@ -13,12 +17,13 @@ from mae_et.engine.loop import Observer
 from mae_et.engine.optim import adam_settings, build_optimizer, decay_groups
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder
+from mae_et.engine.selection import choose_selection, selected
 from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Reconstruction
 from mae_et.evaluation.pictures import PictureObserver
 from mae_et.evaluation.scores import LabelledSets, ScoreObserver
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.planning import build_plan, encoder_size, final_size
+from mae_et.planning import build_plan, encoder_size, final_size, trial_config
 from mae_et.running import (
     Assembly,
     Say,
@@ -133,15 +138,52 @@ def build_observers(
     return observers
 
 
-def pretrain(config: PretrainConfig, resume: str = "auto", say: Say = print) -> int:
-    """Run, or continue, a pretraining run; `running.execute` documents the rest."""
+def rehearse(config: PretrainConfig, source: Source | None, ranks: Ranks) -> Assembly:
+    """The configured run with an endless plan, to time its steps.
 
-    def assemble(folder: RunFolder, ranks: Ranks, _resuming: bool) -> Assembly:
+    Args:
+        config: of the run.
+        source: its images; None opens them.
+        ranks: of the run.
+    """
+    if source is None:
         with main_first(ranks):
             source = build_source(config)
-        plan = build_plan(config, len(source), ranks.count)
+    return Assembly(
+        title=f"{config.model.name}, target {config.target.kind}, on {source.name}",
+        plan=build_plan(trial_config(config), len(source), ranks.count),
+        dataset=RequestDataset(source, build_transform(config)),
+        task=Reconstruction(downsample_on_device(config.data.downsample)),
+        state=build_state(config, ranks),
+        observers=[],
+        loop=loop_config(config, config.protocol, ranks, config.optim.accumulation, config.optim.clip),
+    )
+
+
+def pretrain(
+    config: PretrainConfig, resume: str = "auto", say: Say = print, until: float = 1.0, source: Source | None = None
+) -> int:
+    """Run, or continue, a pretraining run; `running.execute` documents the rest.
+
+    Args:
+        config: of the run.
+        resume, say, until: see `running.execute`.
+        source: images in place of those that `config.data` names.
+    """
+    given = source
+
+    def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
+        with main_first(ranks):
+            source = build_source(config) if given is None else given
+        quiet = say if ranks.is_main else lambda _line: None
+        calibration = settle_calibration(config, folder, ranks, resuming, partial(rehearse, config, source), quiet)
+        plan = build_plan(config, len(source), ranks.count, calibration)
+        if calibration is not None:
+            quiet(time_table(plan, calibration))
         dataset = RequestDataset(source, build_transform(config))
         state = build_state(config, ranks)
+        drop_last = config.curriculum.drop_last
+        state.selection = choose_selection(config.selection, plan, config.seed, drop_last=drop_last)
         workers = choose_workers(config, ranks)
         parameters = sum(p.numel() for p in state.model.parameters())
         return Assembly(
@@ -149,10 +191,11 @@ def pretrain(config: PretrainConfig, resume: str = "auto", say: Say = print) -> 
             f"{config.target.kind}; {source.name}: {len(source):,} images",
             plan=plan,
             dataset=dataset,
-            task=Reconstruction(downsample_on_device(config.data.downsample)),
+            task=selected(Reconstruction(downsample_on_device(config.data.downsample)), state.selection),
             state=state,
             observers=build_observers(config, folder, state, source, workers) if ranks.is_main else [],
-            loop=loop_config(config, config.optim.accumulation, config.optim.clip),
+            loop=loop_config(config, config.protocol, ranks, config.optim.accumulation, config.optim.clip),
+            records=calibration_records(calibration),
         )
 
-    return execute(config, assemble, resume, say)
+    return execute(config, assemble, resume, say, until=until)

@@ -12,7 +12,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_et.config import AugmentConfig, ClassifierConfig, ConfigError, FinetuneConfig, ProbeConfig, dump_config
+from mae_et.config import (
+    AugmentConfig,
+    ClassifierConfig,
+    ConfigError,
+    FinetuneConfig,
+    ProbeConfig,
+    ProtocolConfig,
+    dump_config,
+)
 from mae_et.data.loader import RequestDataset
 from mae_et.data.sources import Source
 from mae_et.engine.distributed import Ranks, choose_device, replicate
@@ -41,6 +49,7 @@ from mae_et.finetuning import (
 )
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.models.classifier import Classifier, FrozenProbe
+from mae_et.recording import open_trackers
 from mae_et.running import (
     Assembly,
     Say,
@@ -48,7 +57,6 @@ from mae_et.running import (
     execute,
     loop_config,
     main_first,
-    open_trackers,
     prepare_device,
 )
 
@@ -108,7 +116,7 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
             task=build_task(settings, classes),
             state=state,
             observers=watch(state, images, how, ranks, config.evaluation.every),
-            loop=loop_config(config, config.optim.accumulation, config.optim.clip),
+            loop=loop_config(config, ProtocolConfig(), ranks, config.optim.accumulation, config.optim.clip),
             parent=start.parent,
             records=records(start, images),
             conclude=partial(conclude, state, plan, images, how, ranks, folder),

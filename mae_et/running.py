@@ -17,12 +17,14 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from mae_et.config import ConfigError, RunConfig, as_dict, differences, dump_config, load_config
+from mae_et.config import ConfigError, ProtocolConfig, RunConfig, differences, dump_config, load_config
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.table import plan_table
 from mae_et.data.decode import ImageError
 from mae_et.data.loader import RequestDataset, batches_of, build_loader
+from mae_et.data.replay import replayed
 from mae_et.data.sampler import PlanSampler
+from mae_et.data.selection import PassSampler
 from mae_et.data.sources import Source, open_source
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from mae_et.engine.distributed import Ranks, from_main, join_ranks, leave_ranks
@@ -33,9 +35,9 @@ from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Prepare, Task
 from mae_et.exchange.weights import Origin, WeightsError
 from mae_et.ops.lowfreq import Phase, low_frequency_crop
-from mae_et.tracking import ConsoleTracker, JsonlTracker, MultiTracker, WandbTracker, truncate_metrics
+from mae_et.recording import open_trackers
+from mae_et.tracking import MultiTracker, truncate_metrics
 from mae_et.tracking.tracker import Tracker
-from mae_et.tracking.wandb import run_id_of
 
 # Errors that a person can act on: their message is enough.
 EXPECTED_ERRORS = (ConfigError, RunFolderError, CheckpointError, WeightsError, TrainingError, ImageError, OSError)
@@ -43,7 +45,7 @@ EXPECTED_ERRORS = (ConfigError, RunFolderError, CheckpointError, WeightsError, T
 # What may differ between the starts of one run: where and how it runs, not what it learns.
 FREE_KEYS = (
     *("run", "data.root", "data.images", "data.classes", "data.download", "data.workers", "data.max_pixels"),
-    *("engine.", "saving.", "tracking.", "evaluation."),
+    *("engine.", "saving.", "tracking.", "evaluation.", "calibration."),
 )
 
 Say = Callable[[str], None]
@@ -85,7 +87,12 @@ Assemble = Callable[[RunFolder, Ranks, bool], Assembly]
 
 
 def execute(
-    config: RunConfig, assemble: Assemble, resume: str = "auto", say: Say = print, only_conclude: bool = False
+    config: RunConfig,
+    assemble: Assemble,
+    resume: str = "auto",
+    say: Say = print,
+    only_conclude: bool = False,
+    until: float = 1.0,
 ) -> int:
     """Run, or continue, a run.
 
@@ -96,6 +103,7 @@ def execute(
             checkpoint.
         say: where announcements go.
         only_conclude: train nothing, and conclude from the last checkpoint, again if that was done.
+        until: where on the curriculum's axis to stop, saved; the same run goes on from there when asked to.
 
     Returns:
         Exit code: 0 when the plan is complete, 128 + signal when a signal ended the run (it is saved then).
@@ -105,7 +113,7 @@ def execute(
     """
     prepare_device(config)
     ranks = join_ranks(config.engine.device)
-    run = _conclude if only_conclude else _execute
+    run = _conclude if only_conclude else partial(_execute, until=until)
     try:
         if not ranks.is_main:
             return run(config, assemble, resume, ranks, RunFolder(config.run), lambda _line: None)
@@ -115,7 +123,9 @@ def execute(
         leave_ranks()
 
 
-def _execute(config: RunConfig, assemble: Assemble, resume: str, ranks: Ranks, folder: RunFolder, say: Say) -> int:
+def _execute(
+    config: RunConfig, assemble: Assemble, resume: str, ranks: Ranks, folder: RunFolder, say: Say, until: float
+) -> int:
     """`execute` on one rank, inside its locked folder: all that can be refused comes before anything is written."""
     checkpoint = find_checkpoint(folder, resume, ranks)
     assembly = assemble(folder, ranks, checkpoint is not None)
@@ -127,23 +137,34 @@ def _execute(config: RunConfig, assemble: Assemble, resume: str, ranks: Ranks, f
     announce(assembly, folder, ranks, workers, checkpoint, say)
 
     accumulation = assembly.loop.accumulation
-    sampler = PlanSampler(plan, config.seed, state.step, ranks.rank, ranks.count, accumulation, assembly.repeats)
+    share = (ranks.rank, ranks.count, accumulation)
+    if state.selection is None:
+        sampler, passes = PlanSampler(plan, config.seed, state.step, *share, assembly.repeats), (None,)
+    else:
+        sampler = PassSampler(state.selection.passes, *share)
+        passes = state.selection.passes_from(state.step, sampler)
     loader = build_loader(assembly.dataset, sampler, workers, pin_memory=ranks.device.type == "cuda")
     save = partial(save_state, state, folder, config.saving.keep, ranks)
     tracker = open_records(config, folder, assembly) if ranks.is_main else MultiTracker([])
     exit_code = 1
     try:
-        with batches_of(loader) as batches:
-            ended = train(state, plan, batches, assembly.task, assembly.loop, tracker, save, assembly.observers)
+        with batches_of(loader, passes) as fresh:
+            batches = replayed(fresh, sampler)
+            ended = train(state, plan, batches, assembly.task, assembly.loop, tracker, save, assembly.observers, until)
         exit_code = 0 if ended is None else 128 + ended
-        if ended is None:
+        over = state.step == plan.total_steps or assembly.loop.time_is_up(state)
+        if ended is None and over:
             assembly.conclude(tracker, say, False)
     finally:
         tracker.finish(exit_code)
     if exit_code:
         say(f"{signal.Signals(exit_code - 128).name}: saved at step {state.step:,}; the same command continues the run")
     else:
-        say(f"complete: {plan.total_steps:,} steps in {state.seconds / 60:.1f} min; everything is in {folder.path}")
+        ending = "complete" if state.step == plan.total_steps else "time is up" if over else f"stopped at u = {until:g}"
+        say(
+            f"{ending}: {state.step:,} of {plan.total_steps:,} steps in {state.seconds / 60:.1f} min; everything is in "
+            f"{folder.path}"
+        )
     return exit_code
 
 
@@ -279,76 +300,28 @@ def open_records(config: RunConfig, folder: RunFolder, assembly: Assembly) -> Tr
     return open_trackers(config, folder, assembly.plan, assembly.parent, config.task)
 
 
-def lineage_row(parent: Origin) -> dict[str, str]:
-    """The first row of a downstream run's metrics: what it began with."""
-    facts = {
-        "parent/kind": parent.kind,
-        "parent/path": parent.path,
-        "parent/run_id": parent.run_id,
-        "parent/checkpoint_sha256": parent.sha256,
-        "parent/step": None if parent.step is None else str(parent.step),
-        "parent/config": None if parent.config is None else json.dumps(parent.config),
-    }
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def lineage(parent: Origin | None) -> dict[str, Any]:
-    """The same for W&B's configuration of a run: `parent_run_id`, `parent_checkpoint_sha256`, `parent`."""
-    if parent is None:
-        return {}
-    facts = {"kind": parent.kind, "path": parent.path, "step": parent.step, "config": parent.config}
-    return {"parent_run_id": parent.run_id, "parent_checkpoint_sha256": parent.sha256, "parent": facts}
-
-
-def open_trackers(
-    config: RunConfig, folder: RunFolder, plan: Plan | None, parent: Origin | None, job_type: str
-) -> Tracker:
-    """metrics.jsonl, and the console and W&B as configured; a new run with a parent begins with a row about it.
-
-    Scores that are taken once more in the same folder begin with such a row again: the parent may be another.
-
-    Args:
-        config, folder: of the run.
-        plan: of the run; None where nothing is trained.
-        parent: where its first weights came from.
-        job_type: for W&B.
-    """
-    settings = config.tracking
-    is_new = not folder.metrics_path.exists()
-    trackers: list[Tracker] = [JsonlTracker(folder.metrics_path)]
-    if settings.console and plan is not None:
-        trackers.append(ConsoleTracker(plan.total_steps, stages=len(plan.stages)))
-    run_id = run_id_of(folder.path)
-    if settings.wandb != "disabled":
-        planned = {} if plan is None else {"plan": plan.to_dict()}
-        trackers.append(
-            WandbTracker(
-                settings.wandb,
-                folder.path,
-                project=settings.project,
-                name=settings.name or folder.path.name,
-                group=settings.group,
-                job_type=job_type,
-                entity=settings.entity,
-                tags=settings.tags,
-                config={**as_dict(config), **planned, **lineage(parent)},
-                run_id=run_id,
-            )
-        )
-    if parent is not None and (is_new or plan is None):
-        trackers[0].log(lineage_row(parent), 0)  # W&B has it in its configuration of the run
-    return MultiTracker(trackers)
-
-
 def save_state(state: TrainState, folder: RunFolder, keep: int, ranks: Ranks) -> None:
-    """Write a checkpoint, on the main rank."""
+    """Write a checkpoint, on the main rank; all ranks call it together."""
+    if state.selection is not None:
+        state.selection.gather()
     if ranks.is_main:
         save_checkpoint(folder.checkpoints, state.step, state.tensors(), state.values(), keep)
 
 
-def loop_config(config: RunConfig, accumulation: int, clip: float | None) -> LoopConfig:
-    """The loop's share of the configuration."""
-    minutes = config.saving.minutes
+def loop_config(
+    config: RunConfig, protocol: ProtocolConfig, ranks: Ranks, accumulation: int, clip: float | None
+) -> LoopConfig:
+    """The loop's share of the configuration.
+
+    Raises:
+        ConfigError: a protocol for other GPUs than these.
+    """
+    minutes, hours = config.saving.minutes, protocol.wall_hours
+    if protocol.gpus is not None and (ranks.device.type != "cuda" or ranks.count != protocol.gpus):
+        raise ConfigError(
+            f"protocol.gpus={protocol.gpus}, and this run has {ranks.count} x {ranks.device.type}: start it with "
+            "torchrun on so many GPUs, or set protocol.gpus=null for a race of your own"
+        )
     return LoopConfig(
         accumulation=accumulation,
         clip=clip,
@@ -356,6 +329,7 @@ def loop_config(config: RunConfig, accumulation: int, clip: float | None) -> Loo
         save_every_steps=config.saving.steps,
         save_every_seconds=None if minutes is None else 60 * minutes,
         max_skipped=config.engine.max_skipped,
+        wall_seconds=None if hours is None else 3600 * hours,
     )
 
 

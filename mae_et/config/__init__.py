@@ -20,10 +20,24 @@ from mae_et.config.loading import (
 )
 from mae_et.config.pretrain import DataConfig, EvaluationConfig, ModelConfig, OptimConfig, PretrainConfig, TargetConfig
 from mae_et.config.probe import GridConfig, NeighboursConfig, ProbeConfig
-from mae_et.config.sections import CurriculumConfig, EngineConfig, RunConfig, SavingConfig, StageConfig, TrackingConfig
+from mae_et.config.search import SearchConfig, TuningConfig
+from mae_et.config.sections import (
+    CalibrationConfig,
+    CurriculumConfig,
+    EngineConfig,
+    GrowthConfig,
+    ProtocolConfig,
+    ReplayConfig,
+    RunConfig,
+    SavingConfig,
+    SelectionConfig,
+    StageConfig,
+    TrackingConfig,
+)
 
 __all__ = [
     "AugmentConfig",
+    "CalibrationConfig",
     "ClassifierConfig",
     "ConfigError",
     "CurriculumConfig",
@@ -32,6 +46,7 @@ __all__ = [
     "EvaluationConfig",
     "FinetuneConfig",
     "GridConfig",
+    "GrowthConfig",
     "LabelledDataConfig",
     "LabelledOptimConfig",
     "ModelConfig",
@@ -39,12 +54,17 @@ __all__ = [
     "OptimConfig",
     "PretrainConfig",
     "ProbeConfig",
+    "ProtocolConfig",
+    "ReplayConfig",
     "RunConfig",
     "SavingConfig",
+    "SearchConfig",
+    "SelectionConfig",
     "StageConfig",
     "TargetConfig",
     "TestingConfig",
     "TrackingConfig",
+    "TuningConfig",
     "as_dict",
     "checked_keys",
     "differences",

@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mae_et.config.sections import SOURCES, Choices, CurriculumConfig, Ranges, RunConfig
+from mae_et.config.sections import (
+    SOURCES,
+    CalibrationConfig,
+    Choices,
+    CurriculumConfig,
+    ProtocolConfig,
+    Ranges,
+    ReplayConfig,
+    RunConfig,
+    SelectionConfig,
+)
 
 
 @dataclass
@@ -91,6 +101,7 @@ class ClassifierConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     arguments: dict[str, Any] = field(default_factory=dict)  # for timm's constructor, e.g. {depths: [2, 2, 4, 2]}
+    locality: bool = False  # of plain ViTs from scratch: a 3x3 convolution in each feed-forward layer (LocalViT)
     pooling: str = "mean"  # of ViTs: mean of the patches, or cls
     drop_path: float = 0.1
     drop_path_epochs: float | None = None  # the budget at which drop_path holds; it scales with the run's own
@@ -152,6 +163,7 @@ class TestingConfig:
     every: float | None = 0.2  # fraction of the compute between looks at held-out images; null looks at the end only
     size: Any = None  # px, a number or [height, width]; null is the final B (FixRes: larger)
     crop_fraction: float = 0.875  # share of the resized image that the centre crop keeps
+    follow_stage: bool = False  # during training, look at the stage's B in place of `size`
     batch: int = 256
 
     RANGES: ClassVar[Ranges] = {
@@ -168,10 +180,15 @@ class FinetuneConfig(RunConfig):
     task: str = "finetune"
     checkpoint: str | None = None  # a run, a checkpoint of it, .pth, .safetensors, .onnx, timm/<name>; null: scratch
     epochs: float = 100.0  # the budget, in epochs at the final size
+    budget: str | None = None  # in place of epochs: 400 epochs, 2e18 flops, 24 gpu_hours, 30 minutes, 1.5 hours, 2 days
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     curriculum: CurriculumConfig = field(default_factory=lambda: CurriculumConfig(preset="baseline"))
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     optim: LabelledOptimConfig = field(default_factory=LabelledOptimConfig)
     evaluation: TestingConfig = field(default_factory=TestingConfig)
 

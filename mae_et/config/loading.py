@@ -156,10 +156,14 @@ def _check_range(key: str, value: float | None, bounds: tuple[float, float, bool
 def _expand(values: dict[Any, Any]) -> None:
     """Spell out what may be said in one word.
 
-    `model=timm/resnet50` is `model.name`, `curriculum=efficienttrain_pp` is `curriculum.preset`, `data=cifar100` is
-    `data.source`, and `data=/photos` is the folder (or list file) at /photos.
+    `model=timm/resnet50` is `model.name`, `curriculum=efficienttrain_pp` is `curriculum.preset`, `calibration=FILE` is
+    `calibration.file`, `selection=infobatch` is `selection.method`, `data=cifar100` is `data.source`, and
+    `data=/photos` is the folder (or list file) at /photos.
+    `curriculum=my.yaml` takes the stages of a file, such as `python -m mae_et search` writes.
     """
-    for section, key in (("model", "name"), ("curriculum", "preset")):
+    if str(values.get("curriculum")).endswith((".yaml", ".yml")):
+        values["curriculum"] = _curriculum_of(Path(values["curriculum"]))
+    for section, key in (("model", "name"), ("curriculum", "preset"), ("calibration", "file"), ("selection", "method")):
         if isinstance(values.get(section), str):
             values[section] = {key: values[section]}
     short = values.get("data")
@@ -172,6 +176,22 @@ def _expand(values: dict[Any, Any]) -> None:
         values["data"] = {"source": kind, "root": short}
     else:
         _check_choice("data", short, SOURCES)
+
+
+def _curriculum_of(path: Path) -> dict[Any, Any]:
+    """Stages, their axis and the final size that they were found for, from a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not one of a curriculum.
+    """
+    values = OmegaConf.to_container(_read(path))
+    assert isinstance(values, dict)
+    if "stages" not in values or not values.keys() <= {"stages", "axis", "size"}:
+        raise ConfigError(
+            f"curriculum={path}: the file of a curriculum has stages, and may have axis and size; this one has "
+            f"{', '.join(map(str, values)) or 'nothing'}"
+        )
+    return values
 
 
 def _read(path: Path) -> Any:

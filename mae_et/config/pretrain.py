@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mae_et.config.sections import SOURCES, Choices, CurriculumConfig, Ranges, RunConfig
+from mae_et.config.sections import (
+    SOURCES,
+    CalibrationConfig,
+    Choices,
+    CurriculumConfig,
+    ProtocolConfig,
+    Ranges,
+    ReplayConfig,
+    RunConfig,
+    SelectionConfig,
+)
 
 
 @dataclass
@@ -56,6 +66,7 @@ class ModelConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     positions: str = "from_final"  # from_final, native, interp
+    locality: bool = False  # of supervised training alone: true is refused here, with the reason
 
     CHOICES: ClassVar[Choices] = {
         "name": ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"),
@@ -127,6 +138,7 @@ class EvaluationConfig:
     probe: bool = True
     pooling: str = "mean"  # mean or cls
     crop_fraction: float = 0.875  # share of the resized image that the centre crop keeps
+    follow_stage: bool = False  # during pretraining, score at the stage's B in place of the final size
 
     CHOICES: ClassVar[Choices] = {"pooling": ("mean", "cls")}
     RANGES: ClassVar[Ranges] = {
@@ -143,11 +155,16 @@ class PretrainConfig(RunConfig):
 
     task: str = "pretrain"
     epochs: float = 400.0  # the budget, in epochs at the final size
+    budget: str | None = None  # in place of epochs: 400 epochs, 2e18 flops, 24 gpu_hours, 30 minutes, 1.5 hours, 2 days
     mask_ratio: float = 0.75
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

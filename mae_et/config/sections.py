@@ -22,24 +22,93 @@ class StageConfig:
 
     end: float = 1.0
     bandwidth: Any = 224  # px, a number or [height, width]
-    mask_ratio: float | None = None
+    mask_ratio: float | None = None  # null is the run's
+    visible: int | None = None  # patches that stay visible, in place of a mask ratio
+    batch_scale: int = 1  # the batch in multiples of optim.batch
+    magnitude: Any = None  # of augmentation, a number or [at the start, at the end]; null follows the run's
+    low_pass: float | None = None  # radius in cycles per image of a filter that keeps lower frequencies
+    replay: int | None = None  # steps on replayed images after each on fresh ones; null is replay.ratio
+
+
+@dataclass
+class GrowthConfig:
+    """B grows by a fixed step every so many epochs, to the final size."""
+
+    first: int | None = None  # px; null leaves the curriculum to the preset or the stages
+    step: int = 32  # px
+    every: float = 5.0  # epochs
+
+    RANGES: ClassVar[Ranges] = {
+        "first": (1, math.inf, True),
+        "step": (1, math.inf, True),
+        "every": (0, math.inf, False),
+    }
 
 
 @dataclass
 class CurriculumConfig:
     """A published schedule by name, or stages of your own."""
 
-    preset: str | None = "efficienttrain_pp"  # baseline, efficienttrain, efficienttrain_pp, efficienttrain_pp_deit
+    preset: str | None = "efficienttrain_pp"  # see mae_et/curriculum/presets.py
     stages: list[StageConfig] | None = None  # takes the place of the preset
-    axis: str = "compute"  # of `stages`: compute or epoch
+    growth: GrowthConfig = field(default_factory=GrowthConfig)  # likewise, once it has a first B
+    axis: str = "compute"  # of `stages`: compute, epoch or step
+    size: Any = None  # final B that `stages` are for; a run of another final size takes them in proportion
     floor: int | None = None  # first B of a preset at a final size of 224 px; null is the preset's own
+    early_large_batch: bool = False  # batches of 2 or 4 times optim.batch where B is small enough
+    lr_cap: float | None = None  # that larger batches may raise the peak learning rate to; they need it
+    more_tokens: bool = False  # let larger batches have more patches than a batch at the final size
     cost: str = "flops"  # flops, area, measured
     seconds: dict[str, float] = field(default_factory=dict)  # {"96": seconds per image} for cost: measured
     drop_last: bool = True  # leave out each pass's last partial batch
 
-    CHOICES: ClassVar[Choices] = {"axis": ("compute", "epoch"), "cost": ("flops", "area", "measured")}
-    RANGES: ClassVar[Ranges] = {"floor": (1, math.inf, True)}
+    CHOICES: ClassVar[Choices] = {"axis": ("compute", "epoch", "step"), "cost": ("flops", "area", "measured")}
+    RANGES: ClassVar[Ranges] = {"floor": (1, math.inf, True), "lr_cap": (0, math.inf, False)}
     FREE_FORM: ClassVar[tuple[str, ...]] = ("seconds",)
+
+
+@dataclass
+class ReplayConfig:
+    """Steps on images decoded before, where the data path is slower than the model."""
+
+    ratio: Any = 0  # steps on replayed images after each on fresh ones; auto: as many as measured times call for
+    gigabytes: float = 4.0  # of memory for the images, over all ranks
+    most: int = 3  # that auto may choose
+
+    RANGES: ClassVar[Ranges] = {"gigabytes": (0, math.inf, False), "most": (1, math.inf, True)}
+
+
+@dataclass
+class ProtocolConfig:
+    """A race against the clock: the schedule is planned for the whole budget, and stops when time is up."""
+
+    wall_hours: float | None = None  # of training, pauses for scores and checkpoints left out; null is no limit
+    gpus: int | None = None  # processes that the protocol is for; null takes any
+
+    RANGES: ClassVar[Ranges] = {"wall_hours": (0, math.inf, False), "gpus": (1, math.inf, True)}
+
+
+@dataclass
+class SelectionConfig:
+    """Which samples a pass over the data leaves out; the budget stays, so that there are more passes."""
+
+    method: str = "none"  # none, infobatch
+    ratio: float = 0.5  # probability of leaving out a sample whose last loss is below the mean
+    anneal: float = 0.125  # share of the budget, at its end, in which nothing is left out
+
+    CHOICES: ClassVar[Choices] = {"method": ("none", "infobatch")}
+    RANGES: ClassVar[Ranges] = {"ratio": (0, 0.999999, True), "anneal": (0, 1, True)}
+
+
+@dataclass
+class CalibrationConfig:
+    """How long a step takes here, for budgets in time and costs that are measured: see `python -m mae_et calibrate`."""
+
+    file: str | None = None  # a saved calibration; null measures where it is needed. `calibration=FILE` is short for it
+    seconds: float = 6.0  # of measured training for each stage, eight steps at least
+    rounds: int = 5  # turns in which the stages are measured, so that a machine's moods hit all of them alike
+
+    RANGES: ClassVar[Ranges] = {"seconds": (0, math.inf, False), "rounds": (2, math.inf, True)}
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from mae_et.curriculum.cost import AreaCost, MAECost, MeasuredCost, TransformerShape
 from mae_et.curriculum.curriculum import Curriculum
+from mae_et.curriculum.making import Replay, auto_replay
 from mae_et.curriculum.plan import Plan, PlannedStage, StepPlan
 from mae_et.curriculum.schedule import LearningRate
 from mae_et.curriculum.stage import Stage
@@ -14,7 +15,9 @@ __all__ = [
     "MeasuredCost",
     "Plan",
     "PlannedStage",
+    "Replay",
     "Stage",
     "StepPlan",
     "TransformerShape",
+    "auto_replay",
 ]

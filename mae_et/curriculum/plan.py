@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from mae_et.curriculum.cost import TRAINING_FLOPS_PER_MULTIPLY_ADD, CostModel, Geometry
 from mae_et.curriculum.schedule import LearningRate, ramp
-from mae_et.curriculum.stage import Stage, format_size, patch_grid, visible_tokens
+from mae_et.curriculum.stage import format_size
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,11 @@ class PlannedStage:
         cost_per_image: in the cost model's unit.
         flops_per_image: forward and backward, or None if no model was given.
         peak_learning_rate: highest learning rate within the stage.
+        learning_rate_factor: of the schedule's peak, for a larger batch (EfficientTrain++ Eq. 2).
+        magnitude: augmentation magnitude at the stage's start and end; None follows the plan's ramp.
+        low_pass: radius in cycles per image of a low-pass filter; None filters nothing.
+        replay: steps on images from the replay buffer after each step on fresh ones.
+        replay_batches: fresh batches that the buffer holds.
     """
 
     index: int
@@ -45,6 +48,11 @@ class PlannedStage:
     cost_per_image: float
     flops_per_image: float | None
     peak_learning_rate: float
+    learning_rate_factor: float = 1.0
+    magnitude: tuple[float, float] | None = None
+    low_pass: float | None = None
+    replay: int = 0
+    replay_batches: int = 0
 
     @property
     def name(self) -> str:
@@ -53,8 +61,17 @@ class PlannedStage:
 
     @property
     def images(self) -> int:
-        """Images that the stage consumes."""
+        """Images that the stage trains on."""
         return self.steps * self.batch
+
+    @property
+    def fresh_steps(self) -> int:
+        """Steps on images that the data path delivers; the others replay some of them."""
+        return self.fresh_steps_before(self.steps)
+
+    def fresh_steps_before(self, within: int) -> int:
+        """Of the stage's first `within` steps, those on fresh images: the first, and every (replay + 1)-th after it."""
+        return -(-within // (self.replay + 1))
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,9 @@ class StepPlan:
         step: from 0.
         u: position on the curriculum's axis before the step, in [0, 1).
         compute_fraction: share of the plan's total cost spent before the step, in [0, 1).
-        images_seen: images consumed before the step, over all ranks.
+        images_seen: images trained on before the step, over all ranks.
+        fresh_images: of these, those that the data path delivered.
+        fresh: whether this step's images come from the data path, and not from the replay buffer.
         learning_rate: for this step.
         magnitude: augmentation magnitude m for this step.
         stage: the stage that the step belongs to.
@@ -75,6 +94,8 @@ class StepPlan:
     u: float
     compute_fraction: float
     images_seen: int
+    fresh_images: int
+    fresh: bool
     learning_rate: float
     magnitude: float
     stage: PlannedStage
@@ -96,14 +117,16 @@ class Plan:
 
     Attributes:
         name: the curriculum's name.
-        axis: what u is a fraction of, "compute" or "epoch".
+        axis: what u is a fraction of, "compute", "epoch" or "step".
         cost_unit: unit of `PlannedStage.cost_per_image`.
         images: images in the data set.
         epoch_images: images consumed per pass: `images`, less a last partial batch if that is dropped.
         stages: the stages in order.
         learning_rate: schedule over u.
         magnitude: augmentation magnitude at u = 0 and u = 1.
-        reference_cost: cost of one image at the largest bandwidth, the unit of `equivalent_epochs`.
+        reference_cost: cost of one image at the reference size, the unit of `equivalent_epochs`.
+        reference_size: (height, width) in px, the final size.
+        epochs: that the plan was made for; None in plans from before it was kept. No part of what makes plans equal.
     """
 
     name: str
@@ -115,6 +138,8 @@ class Plan:
     learning_rate: LearningRate
     magnitude: tuple[float, float]
     reference_cost: float
+    reference_size: tuple[int, int]
+    epochs: float | None = field(default=None, compare=False)
 
     @cached_property
     def _first_steps(self) -> list[int]:
@@ -128,6 +153,10 @@ class Plan:
     def _first_costs(self) -> list[float]:
         return list(accumulate((stage.images * stage.cost_per_image for stage in self.stages), initial=0.0))
 
+    @cached_property
+    def _first_fresh(self) -> list[int]:
+        return list(accumulate((stage.fresh_steps * stage.batch for stage in self.stages), initial=0))
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -135,8 +164,13 @@ class Plan:
 
     @property
     def total_images(self) -> int:
-        """Images consumed by the whole run, over all ranks."""
+        """Images that the whole run trains on, over all ranks."""
         return self._first_images[-1]
+
+    @property
+    def total_fresh(self) -> int:
+        """Of these, those that the data path delivers; the others come from the replay buffer."""
+        return self._first_fresh[-1]
 
     @property
     def boundaries(self) -> list[int]:
@@ -145,7 +179,7 @@ class Plan:
 
     @property
     def equivalent_epochs(self) -> float:
-        """The plan's cost in epochs at the largest bandwidth."""
+        """The plan's cost in epochs at the reference size."""
         return self._first_costs[-1] / (self.reference_cost * self.epoch_images)
 
     @property
@@ -161,9 +195,15 @@ class Plan:
         return index, step - self._first_steps[index]
 
     def images_before(self, step: int) -> int:
-        """Images consumed before `step`, over all ranks."""
+        """Images trained on before `step`, over all ranks."""
         index, within = self._locate(step)
         return self._first_images[index] + within * self.stages[index].batch
+
+    def fresh_before(self, step: int) -> int:
+        """Images that the data path delivered before `step`, over all ranks."""
+        index, within = self._locate(step)
+        stage = self.stages[index]
+        return self._first_fresh[index] + stage.fresh_steps_before(within) * stage.batch
 
     def flops_before(self, step: int) -> float | None:
         """FLOPs spent before `step`, or None if no model was given."""
@@ -186,6 +226,10 @@ class Plan:
         stage = self.stages[index]
         return stage.start + (stage.end - stage.start) * within / stage.steps
 
+    def first_step_at(self, u: float) -> int:
+        """The first step that begins at or after `u`; the number of steps if none does."""
+        return bisect_left(range(self.total_steps), u, key=self.u)
+
     def at(self, step: int) -> StepPlan:
         """What `step` (0 .. total_steps - 1) sees.
 
@@ -195,14 +239,22 @@ class Plan:
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} is outside the plan's 0..{self.total_steps - 1}")
         u = self.u(step)
+        index, within = self._locate(step)
+        stage = self.stages[index]
+        peak = self.learning_rate.peak * stage.learning_rate_factor
+        magnitude = ramp(self.magnitude, u)
+        if stage.magnitude is not None:
+            magnitude = ramp(stage.magnitude, within / stage.steps)
         return StepPlan(
             step=step,
             u=u,
             compute_fraction=self.compute_fraction(step),
             images_seen=self.images_before(step),
-            learning_rate=self.learning_rate(u),
-            magnitude=ramp(self.magnitude, u),
-            stage=self.stages[self._locate(step)[0]],
+            fresh_images=self.fresh_before(step),
+            fresh=within % (stage.replay + 1) == 0,
+            learning_rate=replace(self.learning_rate, peak=peak)(u),
+            magnitude=magnitude,
+            stage=stage,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,126 +264,19 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """A plan from what `to_dict` returned, also after a trip through JSON."""
-        stages = tuple(
-            PlannedStage(**{**stage, "bandwidth": tuple(stage["bandwidth"]), "grid": tuple(stage["grid"])})
-            for stage in values["stages"]
-        )
-        rate, magnitude = LearningRate(**values["learning_rate"]), tuple(values["magnitude"])
-        return cls(**{**values, "stages": stages, "learning_rate": rate, "magnitude": magnitude})
+        stages = tuple(PlannedStage(**_with_tuples(stage)) for stage in values["stages"])
+        rate = LearningRate(**values["learning_rate"])
+        # Plans from before there was a reference size took the largest stage.
+        largest = max((stage.bandwidth for stage in stages), key=lambda size: size[0] * size[1])
+        plain = _with_tuples({"reference_size": largest, **values})
+        return cls(**{**plain, "stages": stages, "learning_rate": rate})
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Values whose lists, as JSON has them, are tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def stage_name(index: int, bandwidth: tuple[int, int]) -> str:
     """How messages call a stage, e.g. `stage 2 (B=160)`."""
     return f"stage {index + 1} (B={format_size(bandwidth)})"
-
-
-def check_ends(stages: Sequence[Stage]) -> None:
-    """Raise ValueError unless the stages' ends rise strictly from above 0 to 1."""
-    if not stages:
-        raise ValueError("a curriculum needs at least one stage")
-    start = 0.0
-    for index, stage in enumerate(stages):
-        if not stage.end > start:
-            raise ValueError(
-                f"{stage_name(index, stage.bandwidth)} ends at {stage.end}, not after {start}: ends must rise"
-            )
-        start = stage.end
-    if start != 1.0:
-        raise ValueError(
-            f"{stage_name(len(stages) - 1, stages[-1].bandwidth)} ends at {start}: the last one must end at 1"
-        )
-
-
-def stage_geometry(stage: Stage, index: int, patch_size: int, cell: int | None, mask_ratio: float) -> Geometry:
-    """Patches of a stage, all and visible.
-
-    Raises:
-        ValueError: patch or cell do not fit, or no patch stays visible; the message names the stage.
-    """
-    try:
-        rows, columns = patch_grid(stage.bandwidth, patch_size)
-        if cell is not None and patch_size % cell:
-            raise ValueError(f"the HOG cell of {cell} px does not divide the patch of {patch_size} px")
-        ratio = mask_ratio if stage.mask_ratio is None else stage.mask_ratio
-        return Geometry(stage.bandwidth, rows * columns, visible_tokens(rows * columns, ratio))
-    except ValueError as error:
-        raise ValueError(f"{stage_name(index, stage.bandwidth)}: {error}") from None
-
-
-def make_plan(
-    stages: Sequence[Stage],
-    *,
-    name: str,
-    axis: str,
-    epochs: float,
-    images: int,
-    batch: int,
-    patch_size: int,
-    mask_ratio: float,
-    cell: int | None,
-    cost: CostModel,
-    flops: CostModel | None,
-    learning_rate: LearningRate,
-    magnitude: tuple[float, float],
-    drop_last: bool,
-    ranks: int,
-    accumulation: int,
-) -> Plan:
-    """Turn stages into steps; `Curriculum.plan` documents the arguments.
-
-    With e(B) the cost of an image relative to the largest bandwidth, a stage that holds a share f of the compute
-    axis gets f * epochs * steps_per_epoch / e(B) steps, rounded to the nearest; on the epoch axis e(B) is 1.
-    """
-    check_ends(stages)
-    if epochs <= 0 or images < 1 or batch < 1:
-        raise ValueError(f"epochs, images and batch must be positive; got {epochs}, {images}, {batch}")
-    geometries = [stage_geometry(stage, i, patch_size, cell, mask_ratio) for i, stage in enumerate(stages)]
-    largest = max(geometries, key=lambda geometry: geometry.tokens)
-    reference = cost(Geometry(largest.bandwidth, largest.tokens, visible_tokens(largest.tokens, mask_ratio)))
-    # A data set smaller than a batch has no whole batch to keep: its passes run into each other instead.
-    epoch_images = images // batch * batch if drop_last and images >= batch else images
-
-    planned, start = [], 0.0
-    for index, (stage, geometry) in enumerate(zip(stages, geometries)):
-        label = stage_name(index, stage.bandwidth)
-        if batch % (ranks * accumulation):
-            raise ValueError(
-                f"{label}: a batch of {batch} does not divide into {ranks} ranks x {accumulation} accumulation "
-                f"steps; choose a multiple of {ranks * accumulation}"
-            )
-        per_image = cost(geometry)
-        relative = per_image / reference if axis == "compute" else 1.0
-        steps = round((stage.end - start) * epochs * epoch_images / batch / relative)
-        if steps < 1:
-            raise ValueError(
-                f"{label} gets no step: {epochs:g} epochs of {epoch_images} images are too few for a batch of {batch}"
-            )
-        planned.append(
-            PlannedStage(
-                index=index,
-                start=start,
-                end=stage.end,
-                bandwidth=stage.bandwidth,
-                grid=patch_grid(stage.bandwidth, patch_size),
-                visible=geometry.visible,
-                masked=geometry.masked,
-                batch=batch,
-                steps=steps,
-                passes=steps * batch / epoch_images,
-                cost_per_image=per_image,
-                flops_per_image=flops(geometry) * TRAINING_FLOPS_PER_MULTIPLY_ADD if flops else None,
-                peak_learning_rate=learning_rate.highest(start, stage.end),
-            )
-        )
-        start = stage.end
-    return Plan(
-        name=name,
-        axis=axis,
-        cost_unit=getattr(cost, "unit", "cost"),
-        images=images,
-        epoch_images=epoch_images,
-        stages=tuple(planned),
-        learning_rate=learning_rate,
-        magnitude=magnitude,
-        reference_cost=reference,
-    )

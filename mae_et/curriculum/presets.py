@@ -16,7 +16,8 @@ class Preset:
         axis: what `ends` are fractions of, "compute" or "epoch".
         ends: end of each stage on that axis.
         floor: first stage's B in px at a final size of 224; 0 means the final size throughout.
-        levels: position of each stage's B between floor (0) and final size (1).
+        levels: position of each stage's B between floor (0) and final size (1); empty takes every multiple of the
+            patch between them, for equal shares of the axis.
     """
 
     source: str
@@ -32,6 +33,18 @@ PRESETS = {
     "efficienttrain_pp": Preset("EfficientTrain++, Table 6", "compute", (0.2, 0.6, 1.0), 96, (0.0, 0.5, 1.0)),
     "efficienttrain_pp_deit": Preset(
         "EfficientTrain++, released script for DeiT", "compute", (0.2, 0.6, 0.8, 1.0), 96, (0.0, 0.5, 0.75, 1.0)
+    ),
+    "linear": Preset("EfficientTrain++, Table 19 (c): B grows linearly", "compute", (), 96, ()),
+    # Scheme 5 of DailyMAE's code (arXiv 2404.00509; FastSSL, model/dres.py), the palindrome among its schemes; its
+    # example changes B during the first half of the epochs.
+    "palindrome": Preset("DailyMAE, released code", "epoch", (0.25, 0.5, 1.0), 192, (1.0, 0.0, 1.0)),
+    # 32 px, 32 px more every 5 of 300 epochs; the final size from epoch 30 on.
+    "image_size": Preset(
+        "arXiv 2211.05187, section 2.2, for 300 epochs",
+        "epoch",
+        (*(stage / 60 for stage in range(1, 7)), 1.0),
+        32,
+        tuple(stage / 6 for stage in range(7)),
     ),
 }
 
@@ -70,10 +83,46 @@ def preset_stages(
     preset = PRESETS[name]
     short = min(final_size)
     lowest = 0 if floor is None else stage_side(replace(preset, floor=floor), 0.0, short, patch_size)
+    if not preset.levels:
+        return _every_size(preset, lowest, final_size, patch_size)
+    sides = [max(stage_side(preset, level, short, patch_size), min(lowest, short)) for level in preset.levels]
+    return tuple(Stage(end, _in_proportion(side, final_size, patch_size)) for end, side in zip(preset.ends, sides))
 
-    def bandwidth(level: float) -> tuple[int, int]:
-        side = max(stage_side(preset, level, short, patch_size), min(lowest, short))
-        height, width = (int(full * side / short / patch_size + 0.5) * patch_size for full in final_size)
-        return height, width
 
-    return tuple(Stage(end, bandwidth(level)) for end, level in zip(preset.ends, preset.levels))
+def _every_size(preset: Preset, lowest: int, final_size: tuple[int, int], patch_size: int) -> tuple[Stage, ...]:
+    """A stage for each multiple of the patch, of equal shares."""
+    short = min(final_size)
+    first = min(lowest or stage_side(preset, 0.0, short, patch_size), short)
+    sides = range(first, short + 1, patch_size)
+    return tuple(
+        Stage((index + 1) / len(sides), _in_proportion(side, final_size, patch_size))
+        for index, side in enumerate(sides)
+    )
+
+
+def _in_proportion(side: int, final_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(height, width) of which `side` is the shorter one, with the final size's aspect to the nearest patch."""
+    height, width = (int(full * side / min(final_size) / patch_size + 0.5) * patch_size for full in final_size)
+    return height, width
+
+
+def grow(first: int, step: int, every: float, epochs: float, final_size: tuple[int, int]) -> tuple[Stage, ...]:
+    """Stages of B = `first`, `first + step`, ... px, each `every` epochs long, then the final size.
+
+    Raises:
+        ValueError: the epochs end before the final size is reached, or numbers that do not grow.
+    """
+    short = min(final_size)
+    if not (0 < first <= short and step > 0 and every > 0):
+        raise ValueError(
+            f"growth from {first} px by {step} px every {every:g} epochs: needs a first size of 1 to {short} px, and a "
+            "step and a number of epochs above 0"
+        )
+    sides = list(range(first, short, step))
+    if len(sides) * every >= epochs:
+        raise ValueError(
+            f"growth from {first} px by {step} px every {every:g} epochs reaches {short} px at epoch "
+            f"{len(sides) * every:g}, and the run ends at epoch {epochs:g}: make it longer, or grow faster"
+        )
+    growing = [Stage((i + 1) * every / epochs, _in_proportion(side, final_size, 1)) for i, side in enumerate(sides)]
+    return (*growing, Stage(1.0, final_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 
 def as_size(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
@@ -60,13 +61,67 @@ class Stage:
         end: fraction of the curriculum's axis at which the stage ends, in (0, 1].
         bandwidth: B, the (height, width) in px fed to the model; one number means a square.
         mask_ratio: share of the patches hidden in this stage; None takes the plan's.
+        visible: patches that stay visible, in place of a mask ratio.
+        batch_scale: the stage's batch in multiples of the plan's (EfficientTrain++ section 5.3: early large batch).
+        magnitude: augmentation magnitude at the stage's start and end, one number for both; None takes the
+            curriculum's ramp.
+        low_pass: radius in cycles per image of a circular low-pass filter on what the model sees (EfficientTrain++
+            Table 2); None filters nothing.
+        replay: steps on images from the replay buffer after each step on fresh ones; None takes the plan's.
+
+    Raises:
+        ValueError: mask ratio and visible patches at once, or numbers out of range.
     """
 
     end: float
     bandwidth: tuple[int, int]
     mask_ratio: float | None = None
+    visible: int | None = None
+    batch_scale: int = 1
+    magnitude: tuple[float, float] | None = None
+    low_pass: float | None = None
+    replay: int | None = None
 
-    def __init__(self, end: float, bandwidth: int | tuple[int, int], mask_ratio: float | None = None):
+    def __init__(
+        self,
+        end: float,
+        bandwidth: int | tuple[int, int],
+        mask_ratio: float | None = None,
+        *,
+        visible: int | None = None,
+        batch_scale: int = 1,
+        magnitude: float | tuple[float, float] | None = None,
+        low_pass: float | None = None,
+        replay: int | None = None,
+    ):
+        if mask_ratio is not None and visible is not None:
+            raise ValueError(f"mask_ratio={mask_ratio} and visible={visible}: a stage takes one of them")
+        if batch_scale < 1 or (replay is not None and replay < 0) or (low_pass is not None and not low_pass > 0):
+            raise ValueError(
+                f"batch_scale={batch_scale}, replay={replay}, low_pass={low_pass}: a stage needs a batch_scale of at "
+                "least 1, a replay of at least 0 and a low_pass radius above 0"
+            )
+        ends = (magnitude, magnitude) if isinstance(magnitude, int | float) else magnitude
         object.__setattr__(self, "end", float(end))
         object.__setattr__(self, "bandwidth", as_size(bandwidth))
         object.__setattr__(self, "mask_ratio", mask_ratio)
+        object.__setattr__(self, "visible", visible)
+        object.__setattr__(self, "batch_scale", batch_scale)
+        object.__setattr__(self, "magnitude", ends)
+        object.__setattr__(self, "low_pass", low_pass)
+        object.__setattr__(self, "replay", replay)
+
+
+def stage_in_proportion(stage: Stage, found_for: tuple[int, int], size: tuple[int, int], stride: int) -> Stage:
+    """A stage of a curriculum for one final (height, width) in px, for another one.
+
+    Its B keeps its proportion to the final size, to the nearest multiple of `stride` px, the larger one in a tie.
+    """
+    sides = (int(side * new / (old * stride) + 0.5) for side, old, new in zip(stage.bandwidth, found_for, size))
+    height, width = (max(1, side) * stride for side in sides)
+    return replace_stage(stage, bandwidth=(height, width))
+
+
+def replace_stage(stage: Stage, **changes: Any) -> Stage:
+    """The stage with some attributes changed."""
+    return Stage(**{**vars(stage), **changes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mae_et.curriculum.plan import Plan
+from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.stage import format_size
 
 SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -26,9 +26,14 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """Per stage what the model sees and spends, and the totals in equivalent epochs."""
+    """Per stage what the model sees and spends, and the totals in equivalent epochs.
+
+    Where a stage replays images: how many steps after each fresh one, from how many batches, and the fresh passes,
+    which are the data path's load.
+    """
+    replays = any(stage.replay for stage in plan.stages)
     header = ["stage", "B", "grid", "visible", "masked", "batch", "peak lr", "u"]
-    header += ["steps", "passes", "FLOPs/image", "FLOPs"]
+    header += ["steps", "passes", *(("replay", "buffer", "fresh") if replays else ()), "FLOPs/image", "FLOPs"]
     rows = []
     for stage in plan.stages:
         total = None if stage.flops_per_image is None else stage.flops_per_image * stage.images
@@ -44,6 +49,7 @@ def plan_table(plan: Plan) -> str:
                 f"{stage.start:.2g}-{stage.end:.2g}",
                 f"{stage.steps:,}",
                 f"{stage.passes:.1f}",
+                *(replay_cells(stage, plan) if replays else ()),
                 quantity(stage.flops_per_image),
                 quantity(total),
             ]
@@ -52,12 +58,18 @@ def plan_table(plan: Plan) -> str:
     totals = (
         f"{plan.name}: {plan.total_steps:,} steps, {plan.total_images:,} images, {passes:.1f} passes over "
         f"{plan.images:,} images\n"
-        f"cost: {plan.equivalent_epochs:.1f} equivalent epochs at B={format_size(largest_bandwidth(plan))} "
+        f"cost: {plan.equivalent_epochs:.1f} equivalent epochs at B={format_size(plan.reference_size)} "
         f"(accounted in {plan.cost_unit}), {quantity(plan.total_flops)}FLOPs in all"
     )
+    if replays:
+        totals += (
+            f"\ndata path: {plan.total_fresh / plan.epoch_images:.1f} passes, "
+            f"1/{plan.total_images / plan.total_fresh:.1f} of what is trained on; the rest is replayed"
+        )
     return f"{text_table(header, rows)}\n\n{totals}"
 
 
-def largest_bandwidth(plan: Plan) -> tuple[int, int]:
-    """The bandwidth whose cost is the unit of equivalent epochs."""
-    return max((stage.bandwidth for stage in plan.stages), key=lambda size: size[0] * size[1])
+def replay_cells(stage: PlannedStage, plan: Plan) -> list[str]:
+    """Replayed steps after each fresh one, batches in the buffer, and fresh passes over the data."""
+    fresh = stage.fresh_steps * stage.batch / plan.epoch_images
+    return [str(stage.replay), f"{min(stage.replay_batches, stage.fresh_steps):,}", f"{fresh:.1f}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,12 +26,14 @@ class Examination:
         crop_fraction: share of the resized image that the centre crop keeps.
         batch: images at a time on each rank.
         workers: of the loader.
+        follow_stage: during training, show images at the stage's B in place of `size`.
     """
 
     size: tuple[int, int]
     crop_fraction: float = 0.875
     batch: int = 256
     workers: int = 0
+    follow_stage: bool = False
 
 
 def classify(state: TrainState, source: Source, how: Examination, ranks: Ranks) -> ClassificationResult:
@@ -73,6 +75,7 @@ class AccuracyObserver:
         return int(after / self.every) > int(before / self.every)
 
     def observe(self, plan: Plan, done: int) -> Observation:
-        """Look, at the final size whatever the stage."""
-        result = classify(self.state, self.source, self.how, self.ranks)
+        """Look, at the final size or at that of the stage just seen."""
+        how = replace(self.how, size=plan.at(done - 1).bandwidth) if self.how.follow_stage else self.how
+        result = classify(self.state, self.source, how, self.ranks)
         return Observation(metrics={"val/top1": result.top1, "val/top5": result.top5})

@@ -81,6 +81,7 @@ class ScoreObserver:
         return done == plan.total_steps or int(after / every) > int(before / every)
 
     def observe(self, plan: Plan, done: int) -> Observation:
-        """Score at the final size, whatever the stage."""
-        scores = score(self.embed, self.sets, self.config, self.size, self.workers)
+        """Score at the final size, or at that of the stage just seen."""
+        size = plan.at(done - 1).bandwidth if self.config.follow_stage else self.size
+        scores = score(self.embed, self.sets, self.config, size, self.workers)
         return Observation(metrics={f"eval/{name}": value for name, value in scores.items()})
