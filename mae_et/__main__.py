@@ -1,12 +1,20 @@
-"""Tools around a run: `python -m mae_et plan | evaluate | knn | export`."""
+"""Tools around a run: `python -m mae_et plan | calibrate | evaluate | knn | export`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
+from mae_et import reproduction, search, studies
 from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, ProbeConfig, load_config, task_of
 from mae_et.curriculum import Plan
+from mae_et.curriculum.calibration import Calibration
+from mae_et.planning import read_calibration
+
+if TYPE_CHECKING:
+    from mae_et.calibration import Rehearse
 
 
 def number_of_images(config: PretrainConfig) -> int:
@@ -25,12 +33,13 @@ def number_of_images(config: PretrainConfig) -> int:
         raise ConfigError(f"{error}\n(a plan needs only the number of images: data.images=...)") from None
 
 
-def labelled_plan(config: FinetuneConfig, frozen: bool = False) -> Plan:
+def labelled_plan(config: FinetuneConfig, frozen: bool = False, calibration: Calibration | None = None) -> Plan:
     """The plan of a run on labels, from `data.images` and `data.classes` or from the data.
 
     Args:
         config: of the run.
         frozen: whether the network is not trained, but for its head.
+        calibration: of the configuration, and for its number of processes.
 
     Raises:
         ConfigError: there are neither.
@@ -39,14 +48,46 @@ def labelled_plan(config: FinetuneConfig, frozen: bool = False) -> Plan:
     from mae_et.labelled import open_labelled
 
     backbone = settle_start(config, None, False).backbone
-    data = config.data
+    data, ranks = config.data, 1 if calibration is None else calibration.processes
     if data.images is None or data.classes is None:
         try:
             images = open_labelled(data, backbone.channels)
         except ConfigError as error:
             raise ConfigError(f"{error}\n(a plan needs only their numbers: data.images=... data.classes=...)") from None
-        return build_plan(config, backbone, len(images.train), len(images.classes), frozen=frozen)
-    return build_plan(config, backbone, data.images, data.classes, frozen=frozen)
+        return build_plan(config, backbone, len(images.train), len(images.classes), ranks, frozen, calibration)
+    return build_plan(config, backbone, data.images, data.classes, ranks, frozen, calibration)
+
+
+def rehearsal(config: PretrainConfig | FinetuneConfig) -> Rehearse:
+    """What a calibration of the configuration measures."""
+    from mae_et import finetuning, pretraining
+
+    if isinstance(config, FinetuneConfig):
+        return partial(finetuning.rehearse, config, None, None)
+    return partial(pretraining.rehearse, config, None)
+
+
+def chosen_calibration(config: PretrainConfig | FinetuneConfig, options: argparse.Namespace) -> Calibration | None:
+    """What `--calibrate` measures, or the file that `--calibration` or the configuration names; None without."""
+    if options.calibrate:
+        from mae_et.calibration import calibrate_alone
+
+        return calibrate_alone(config, rehearsal(config), print)
+    path = options.calibration or config.calibration.file
+    return None if path is None else read_calibration(path)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measure how long the steps of a configuration take here, and keep it in a file."""
+    from mae_et.calibration import calibrate_alone
+
+    task = task_of(options.config)
+    if task == "probe":
+        raise ConfigError("a probe has no budget in time: calibrate recipes of pretraining and fine-tuning")
+    schema = FinetuneConfig if task == "finetune" else PretrainConfig
+    config = load_config(options.config, options.overrides, schema)
+    calibrate_alone(config, rehearsal(config), print, options.out)
+    return 0
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -55,7 +96,9 @@ def plan(options: argparse.Namespace) -> int:
 
     task = task_of(options.config)
     if task == "finetune":
-        print(plan_table(labelled_plan(load_config(options.config, options.overrides, FinetuneConfig))))
+        config = load_config(options.config, options.overrides, FinetuneConfig)
+        calibration = chosen_calibration(config, options)
+        show_plan(labelled_plan(config, calibration=calibration), config.budget, calibration, options)
     elif task == "probe":
         from mae_et.probing import as_finetuning
 
@@ -67,8 +110,25 @@ def plan(options: argparse.Namespace) -> int:
         from mae_et.planning import build_plan
 
         config = load_config(options.config, options.overrides)
-        print(plan_table(build_plan(config, number_of_images(config))))
+        calibration = chosen_calibration(config, options)
+        ranks = 1 if calibration is None else calibration.processes
+        planned = build_plan(config, number_of_images(config), ranks, calibration)
+        show_plan(planned, config.budget, calibration, options)
     return 0
+
+
+def show_plan(plan: Plan, budget: str | None, calibration: Calibration | None, options: argparse.Namespace) -> None:
+    """Print a plan, what its budget comes to, and by a calibration what it takes."""
+    from mae_et.curriculum.table import plan_table
+    from mae_et.curriculum.time_table import time_table
+
+    print(plan_table(plan))
+    if budget is not None:
+        print(f"budget: {budget} comes to epochs={plan.epochs:.9g}")
+    if calibration is not None:
+        print(f"\n{time_table(plan, calibration, options.price, options.currency)}")
+    elif options.price is not None:
+        raise ConfigError("--price needs times: --calibration FILE, or --calibrate to measure here")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -104,7 +164,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser("plan", help="what a run will see and spend, before anything is spent")
     command.add_argument("--config", required=True)
+    times = command.add_mutually_exclusive_group()
+    times.add_argument("--calibration", metavar="FILE", help="times of steps, as `calibrate` keeps them")
+    times.add_argument("--calibrate", action="store_true", help="measure the times of steps here, first")
+    command.add_argument("--price", type=float, help="of an hour of one process, in --currency")
+    command.add_argument("--currency", default="EUR")
     command.set_defaults(action=plan)
+
+    command = commands.add_parser("calibrate", help="measure how long steps take here, for budgets in time")
+    command.add_argument("--config", required=True)
+    command.add_argument("--out", default="calibration.json", metavar="FILE")
+    command.set_defaults(action=calibrate)
 
     command = commands.add_parser("evaluate", help="probe and kNN of a run's encoder, and its curves")
     command.add_argument("run", help="a run's folder")
@@ -123,6 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--pooling", choices=("mean", "cls"), help="of an encoder's features; default: cls, else mean")
     command.add_argument("--heads", type=int, help="attention heads, where a file does not tell them")
     command.set_defaults(action=export)
+
+    reproduction.add_command(commands)
+    search.add_command(commands)
+    studies.add_commands(commands)
 
     options = parser.parse_args(arguments)
     try:

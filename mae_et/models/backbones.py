@@ -108,7 +108,8 @@ def multiply_adds(model: nn.Module, sizes: Sequence[Size], channels: int) -> dic
     Nothing is computed: a copy of the model without data is run on shapes alone. Sizes are those that `check_sizes`
     lets pass; at others the model's own error comes through.
     """
-    return {size: _attempt(_flops, model, size, channels, images=1, training=False) / 2 for size in sizes}
+    different = dict.fromkeys(sizes)
+    return {size: _attempt(_flops, model, size, channels, images=1, training=False) / 2 for size in different}
 
 
 def stride(model: nn.Module) -> int:
