@@ -13,6 +13,7 @@ from mae_et.config import (
     FinetuneConfig,
     PretrainConfig,
     ProbeConfig,
+    SearchConfig,
     checked_keys,
     differences,
     dump_config,
@@ -20,7 +21,7 @@ from mae_et.config import (
     task_of,
 )
 
-SCHEMAS = [PretrainConfig, FinetuneConfig, ProbeConfig]
+SCHEMAS = [PretrainConfig, FinetuneConfig, ProbeConfig, SearchConfig]
 
 
 def write(tmp_path, text: str):

@@ -131,7 +131,10 @@ def test_a_header_gives_the_commands_and_they_load(path):
 @every_trained_recipe
 def test_the_cost_is_what_the_plan_command_prints(path):
     check_cost(path, printed(path).text)
-    assert printed(path).plan.equivalent_epochs == pytest.approx(load(path, []).epochs, rel=0.01)
+    config, plan = load(path, []), printed(path).plan
+    by_epochs = config.curriculum.growth.first is not None
+    spent = sum(stage.passes for stage in plan.stages) if by_epochs else plan.equivalent_epochs
+    assert spent == pytest.approx(config.epochs, rel=0.01)
 
 
 @every_trained_recipe
@@ -293,6 +296,37 @@ def test_the_baseline_differs_in_the_schedule_alone(name):
     # The scripts' bases are what the originals have at 300 epochs.
     assert drop_path(config) == load(path, []).model.drop_path
     assert config.optim.warmup * 300 == pytest.approx(20, rel=0.001)
+
+
+def test_the_one_gpu_recipe():
+    """BorealisAI/efficient-vit-training: varsize_1gpu_best.sh, and the defaults of its main.py."""
+    path = REPOSITORY / "configs" / "supervised" / "deit_small_1gpu24h.yaml"
+    config, plan = load(path, []), printed(path).plan
+    assert [stage.bandwidth[0] for stage in plan.stages] == [32, 64, 96, 128, 160, 192, 224]
+    assert [stage.passes for stage in plan.stages] == pytest.approx([5] * 6 + [270], rel=1e-3)
+    assert peak_learning_rate(config) == pytest.approx(1e-3 * 64 / 512)
+    optim, augment = config.optim, config.augment
+    assert (optim.min_lr, optim.warmup, optim.weight_decay, optim.name) == (1e-5, 0, 0.05, "adamw")
+    assert (optim.layer_decay, optim.clip, optim.ema) == (None, None, None)
+    assert (augment.magnitude, augment.staircase, augment.smoothing) == ([9.0, 9.0], False, 0.1)
+    assert (augment.mixup, augment.cutmix, augment.erasing) == (0.8, 1.0, 0.25)
+    assert (config.data.repeats, config.data.downsample, drop_path(config)) == (3, "resize", 0.1)
+    assert (config.protocol.wall_hours, config.protocol.gpus, config.model.locality) == (24, 1, True)
+
+
+def test_the_small_race_has_its_proportions():
+    large, small = (
+        printed(REPOSITORY / "configs" / "supervised" / f"{name}.yaml").plan
+        for name in ("deit_small_1gpu24h", "fashion_mnist_20min")
+    )
+    shares = [[stage.bandwidth[0] / plan.stages[-1].bandwidth[0] for stage in plan.stages] for plan in (large, small)]
+    assert shares[0] == shares[1]
+    assert [stage.end for stage in large.stages] == pytest.approx([stage.end for stage in small.stages])
+    for plan, path in ((large, "deit_small_1gpu24h"), (small, "fashion_mnist_20min")):
+        config = load(REPOSITORY / "configs" / "supervised" / f"{path}.yaml", [])
+        assert config.optim.min_lr / plan.at(0).learning_rate == pytest.approx(0.08)
+    hours = load(REPOSITORY / "configs" / "supervised" / "fashion_mnist_20min.yaml", []).protocol.wall_hours
+    assert hours == pytest.approx(20 / 60, rel=1e-3)
 
 
 def test_convnext_from_22k_to_1k():

@@ -14,7 +14,7 @@ from mae_et.planning import build_curriculum, build_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "paper.md"
-COLUMNS = ["entry", "what it is", "symbol", "test", "recipe", "status", "known from"]
+COLUMNS = ["entry", "what it is", "symbol", "test", "recipe", "reproduce", "status", "known from"]
 NONE = "-"
 KNOWN_FROM = {"text", "picture", "code", "notes", "unseen"}
 # What a map of these papers cannot leave out.
@@ -23,11 +23,12 @@ LEAST_ENTRIES = {
     + [f"Table {number}" for number in (5, 6, 7, 9, 10, 12, 13, 14, 16, 17, 18, 20)]
     + ["Figure 1", "Figure 7", "Appendix A.1", "Appendix C", "Table 15, MAE (ET++) 400 epochs + HOG"],
     "1 GPU, 24 hours (arXiv 2211.05187)": ["Equation 1", "Table 1", "Figure 1", "Figure 2", "Appendix A"],
+    "Others": [],
 }
 
 
 class Row(NamedTuple):
-    """One row of a table; back-ticks are taken off symbol, test and recipe."""
+    """One row of a table; back-ticks are taken off symbol, test, recipe and reproduce."""
 
     paper: str
     entry: str
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     symbol: str
     test: str
     recipe: str
+    reproduce: str
     status: str
     known_from: str
 
@@ -57,10 +59,8 @@ def read_rows() -> list[Row]:
         elif in_map and not line.startswith("|---"):
             values = cells(line)
             assert len(values) == len(COLUMNS), f"{line!r} has {len(values)} cells"
-            entry, what, symbol, test, recipe, status, known_from = values
-            rows.append(
-                Row(paper, entry, what, symbol.strip("`"), test.strip("`"), recipe.strip("`"), status, known_from)
-            )
+            entry, what, *named, status, known_from = values
+            rows.append(Row(paper, entry, what, *(name.strip("`") for name in named), status, known_from))
     return rows
 
 
@@ -128,13 +128,19 @@ def test_recipe_is_there(row):
 
 
 @every_row
+def test_experiment_is_there(row):
+    if row.reproduce != NONE:
+        assert (REPOSITORY / "configs" / "reproduce" / f"{row.reproduce}.yaml").is_file()
+
+
+@every_row
 def test_status_is_known_and_has_what_it_needs(row):
     kind, _, reason = row.status.partition(":")
     assert kind in ("measured here", "recipe only", "absent")
     assert row.known_from in KNOWN_FROM
     if kind == "absent":
         assert reason.strip(), f"{row.entry} is absent without a reason"
-        assert row.test == row.recipe == NONE
+        assert row.test == row.recipe == row.reproduce == NONE
     else:
         assert not reason
         assert row.symbol != NONE
@@ -150,7 +156,7 @@ def test_sizes_by_a_linear_rule_over_epochs():
     stages = [f"{{end: {5 * k / 300}, bandwidth: {32 * k}}}" for k in range(1, 7)] + ["{end: 1, bandwidth: 224}"]
     overrides = [f"curriculum.stages=[{', '.join(stages)}]", "curriculum.axis=epoch", "epochs=300"]
     config = load_config(None, [*overrides, "optim.batch=64", "target.kind=pixel"])
-    assert build_curriculum(config.curriculum, (224, 224), 16).axis == "epoch"
+    assert build_curriculum(config.curriculum, (224, 224), 16, config.epochs).axis == "epoch"
     steps_per_epoch = 20
     plan = build_plan(config, 64 * steps_per_epoch)
     for epoch in range(300):

@@ -7,8 +7,15 @@ import shlex
 
 import torch
 
-from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, load_config
+from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, SearchConfig, load_config
 
+COMMANDS = {
+    "knn": ProbeConfig,
+    "plan": PretrainConfig,
+    "calibrate": PretrainConfig,
+    "evaluate": PretrainConfig,
+    "search": SearchConfig,
+}
 SCHEMAS = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig, "linear_probe.py": ProbeConfig, "mae_et": None}
 
 
@@ -35,7 +42,7 @@ def test_commands_name_recipes_and_keys_that_exist(repository):
             (schema,) = [kind for program, kind in SCHEMAS.items() if program in words]
             overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
             if schema is None:
-                schema = {"knn": ProbeConfig, "plan": PretrainConfig, "evaluate": PretrainConfig}.get(words[3])
+                schema = COMMANDS.get(words[3])
             if schema is not None and "..." not in words:
                 config = repository / words[words.index("--config") + 1] if "--config" in words else None
                 load_config(config, overrides, schema)

@@ -1,0 +1,115 @@
+"""`python -m mae_et reproduce`: the planned cost, then the runs that are missing, then the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mae_et.config import ConfigError
+from mae_et.curriculum import Plan
+from mae_et.reproduction.cells import is_done, make, runs_of
+from mae_et.reproduction.costs import Planner, cost_table, traffic_table
+from mae_et.reproduction.experiments import (
+    REPOSITORY,
+    TRAINING,
+    Experiment,
+    Scale,
+    find,
+    names,
+    read_experiment,
+)
+from mae_et.reproduction.table import heading, whole_table
+
+Say = Callable[[str], None]
+
+
+def reproduce(
+    name: str,
+    scale: str = "laptop",
+    places: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    runs: str | None = None,
+    changes: Sequence[str] = (),
+    plan: bool = False,
+    yes: bool = False,
+    launch: Sequence[str] = (),
+    say: Say = print,
+) -> int:
+    """Reproduce a table or figure at one scale; it can be interrupted and repeated.
+
+    Args:
+        name: of the experiment, or its file's path.
+        scale: "laptop" or "paper"; a file without scales has but its own.
+        places: by the names that commands have in braces.
+        only: cells to run; empty runs all.
+        runs: folder in place of the experiment's own.
+        changes: overrides of every training run, for trials.
+        plan: print the cost, and run nothing.
+        yes: start at the paper's scale.
+        launch: what starts training in place of Python, such as torchrun and its options.
+        say: where it is printed.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: no such experiment, scale, cell or place, or a configuration that cannot be used.
+        RuntimeError: a run failed.
+    """
+    experiment = read_experiment(find(name))
+    chosen = choose_scale(experiment, scale, runs, changes)
+    unknown = set(only) - set(chosen.cells)
+    if unknown:
+        raise ConfigError(f"--only {', '.join(sorted(unknown))}: the cells are {', '.join(chosen.cells)}")
+    absolute = {key: str(Path(value).resolve()) for key, value in (places or {}).items()}
+    # A plan asks nothing of places that are not said.
+    unsaid = {used: used for cell in chosen.cells.values() for used in cell.uses if used not in chosen.cells}
+    say(f"{heading(experiment)}\n\n{cost_table(chosen, {**unsaid, **absolute})}\n")
+    if plan:
+        return 0
+    trained = any(cell.program in (*TRAINING, "search") for cell in chosen.cells.values())
+    if chosen.name == "paper" and trained and not yes:
+        say("that is a matter of GPUs and days: to start it, say --yes")
+        return 0
+    for cell in chosen.cells.values():
+        if only and cell.name not in only:
+            continue
+        if cell.program == "plan":
+            found = Planner(chosen, absolute).plan(cell.name)
+            assert isinstance(found, Plan)
+            say(f"{cell.title}\n\n{traffic_table(found, 3)}\n")
+            continue
+        for run in runs_of(chosen, cell, absolute):
+            if not is_done(run):
+                make(run, say, launch)
+    text = whole_table(experiment, chosen, absolute)
+    say(f"\n{text}")
+    (REPOSITORY / chosen.runs).mkdir(parents=True, exist_ok=True)
+    (REPOSITORY / chosen.runs / f"{experiment.name}.md").write_text(text + "\n")
+    return 0
+
+
+def choose_scale(experiment: Experiment, name: str, runs: str | None, changes: Sequence[str]) -> Scale:
+    """A scale of an experiment, elsewhere and with changes where asked.
+
+    Raises:
+        ConfigError: the experiment has no such scale.
+    """
+    found = experiment.scales.get("table") or experiment.scales.get(name)
+    if found is None:
+        raise ConfigError(f"{experiment.name} has no scale {name!r}; it has {', '.join(experiment.scales)}")
+    cells = {
+        key: replace(cell, words=(*cell.words, *changes)) if cell.program in TRAINING else cell
+        for key, cell in found.cells.items()
+    }
+    return replace(found, cells=cells, runs=Path(runs).resolve() if runs else found.runs)
+
+
+def listing() -> str:
+    """The experiments that are known by name, one a line."""
+    rows = []
+    for name in names():
+        experiment = read_experiment(find(name))
+        rows.append(f"{name:24} {', '.join(experiment.scales):14} {experiment.entry}: {experiment.title}")
+    return "\n".join(rows)
