@@ -44,8 +44,9 @@ def labelled_plan(config: FinetuneConfig, frozen: bool = False, calibration: Cal
     Raises:
         ConfigError: there are neither.
     """
-    from mae_et.finetuning import build_plan, settle_start
+    from mae_et.finetuning import settle_start
     from mae_et.labelled import open_labelled
+    from mae_et.labelled_plan import build_plan
 
     backbone = settle_start(config, None, False).backbone
     data, ranks = config.data, 1 if calibration is None else calibration.processes

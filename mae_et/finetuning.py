@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,11 +13,7 @@ from torch import nn
 
 from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, FinetuneConfig
-from mae_et.curriculum import LearningRate, Plan
-from mae_et.curriculum.budget import LONG
 from mae_et.curriculum.calibration import Calibration
-from mae_et.curriculum.cost import CountedCost
-from mae_et.curriculum.stage import as_size
 from mae_et.curriculum.time_table import time_table
 from mae_et.data.augment import TrainTransform
 from mae_et.data.loader import RequestDataset
@@ -35,9 +30,10 @@ from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Origin, Weights, open_weights
 from mae_et.labelled import LabelledImages, open_labelled
-from mae_et.models.backbones import check_sizes, multiply_adds, scaled_drop_path, stride
+from mae_et.labelled_plan import build_plan, examination_size
+from mae_et.models.backbones import scaled_drop_path
 from mae_et.models.classifier import Classifier, head_name, reset_head
-from mae_et.planning import accounting, build_curriculum, replay_buffer, settle_epochs, settle_replay, trial_config
+from mae_et.planning import trial_config
 from mae_et.running import (
     Assembly,
     Say,
@@ -92,97 +88,6 @@ def drop_path(config: FinetuneConfig, epochs: float | None = None) -> float:
     if reference is None:
         return config.model.drop_path
     return scaled_drop_path(config.model.drop_path, epochs or config.epochs, reference)
-
-
-def peak_learning_rate(config: FinetuneConfig) -> float:
-    """`optim.lr`, or MAE's rule: base_lr * batch / 256."""
-    return config.optim.lr or config.optim.base_lr * config.optim.batch / 256
-
-
-def examination_size(config: FinetuneConfig, backbone: Backbone) -> tuple[int, int]:
-    """(height, width) in px at which accuracy is taken: the final size, or `evaluation.size` (FixRes)."""
-    try:
-        return backbone.size if config.evaluation.size is None else as_size(config.evaluation.size)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"evaluation.size: {error}") from None
-
-
-def build_plan(
-    config: FinetuneConfig,
-    backbone: Backbone,
-    images: int,
-    classes: int,
-    ranks: int = 1,
-    frozen: bool = False,
-    calibration: Calibration | None = None,
-) -> Plan:
-    """The run in steps, once the network has been tried at every B; nothing is computed.
-
-    Args:
-        config, backbone: of the run.
-        images, classes: in the training set.
-        ranks: processes that share a batch.
-        frozen: whether the network is run forward alone, under a head whose own cost is nothing beside it.
-        calibration: of the configuration, where `needs_calibration` says so.
-
-    Raises:
-        ConfigError: a B that the network cannot take, or whatever `Curriculum.plan` refuses.
-    """
-    optim, augment = config.optim, config.augment
-    magnitude = (augment.magnitude[0], augment.magnitude[1]) if augment.randaugment else (0.0, 0.0)
-    try:
-        net = backbone.build_without_data(classes)
-        step = math.gcd(stride(net), *backbone.size) if backbone.shape is None else backbone.shape.patch_size
-        stages = partial(build_curriculum, config.curriculum, backbone.size, step, magnitude=magnitude)
-        # Growth refuses too few epochs, and a budget has none yet; its sizes are those of any number.
-        curriculum = stages(epochs=config.epochs if config.budget is None else LONG)
-        sizes = [stage.bandwidth for stage in curriculum.stages]
-        check_sizes(net, [*sizes, backbone.size, examination_size(config, backbone)], backbone.channels)
-        counts = multiply_adds(net, [*sizes, backbone.size], backbone.channels)
-        # A plan counts a backward pass of twice the cost.
-        counted = CountedCost({size: count / 3 if frozen else count for size, count in counts.items()})
-        terms = {
-            "images": images,
-            "batch": optim.batch,
-            "patch_size": step,
-            "cost": accounting(config.curriculum, counted, calibration),
-            "flops": counted,
-            "learning_rate": LearningRate(peak_learning_rate(config), optim.warmup, optim.min_lr),
-            "final_size": backbone.size,
-            "learning_rate_cap": config.curriculum.lr_cap,
-            "more_tokens": config.curriculum.more_tokens,
-            "replay": replay_buffer(config.replay, backbone.channels, backbone.size, config.data.downsample),
-            "drop_last": config.curriculum.drop_last,
-            "ranks": ranks,
-            "accumulation": optim.accumulation,
-        }
-
-        def plan_of(epochs: float, times: float = 1.0) -> Plan:
-            settled = settle_replay(stages(epochs=epochs), config.replay, calibration, epochs=times * epochs, **terms)
-            return settled.plan(epochs=times * epochs, **terms)
-
-        plan = plan_of(settle_epochs(config, plan_of, calibration))
-        if calibration is not None:
-            calibration.seconds(plan.stages)  # refuses stages that it does not hold
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"budget={config.budget}: {error}" if config.budget else str(error)) from None
-    check_batch(config, ranks)
-    return plan
-
-
-def check_batch(config: FinetuneConfig, ranks: int) -> None:
-    """Raise ConfigError for a batch that mixing or repeats do not divide."""
-    optim, augment = config.optim, config.augment
-    micro = optim.batch // (ranks * optim.accumulation)
-    if (augment.mixup or augment.cutmix) and micro % 2:
-        raise ConfigError(
-            f"optim.batch={optim.batch} gives {micro} images at a time, and mixup and cutmix mix them in pairs: choose "
-            "an even number, or augment.mixup=0 augment.cutmix=0"
-        )
-    if optim.batch % config.data.repeats:
-        raise ConfigError(f"data.repeats={config.data.repeats} does not divide optim.batch={optim.batch}")
 
 
 def build_transform(config: FinetuneConfig, backbone: Backbone) -> TrainTransform:

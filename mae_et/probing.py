@@ -38,7 +38,6 @@ from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Weights, open_weights
 from mae_et.finetuning import (
     Start,
-    build_plan,
     build_task,
     build_transform,
     compile_blocks,
@@ -48,6 +47,7 @@ from mae_et.finetuning import (
     watch,
 )
 from mae_et.labelled import LabelledImages, open_labelled
+from mae_et.labelled_plan import build_plan
 from mae_et.models.classifier import Classifier, FrozenProbe
 from mae_et.recording import open_trackers
 from mae_et.running import (

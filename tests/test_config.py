@@ -102,7 +102,7 @@ def test_bad_files_are_named(tmp_path):
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_check_names_a_key_that_exists_and_defaults_pass(schema):
     found = checked_keys(schema)
-    assert len(found["RANGES"]) > 20
+    assert len(found["RANGES"]) > 12
     for key in (key for keys in found.values() for key in keys):
         node = schema()
         for part in key.split("."):
@@ -121,7 +121,8 @@ def test_no_number_may_be_negative_or_not_finite(schema, key, value):
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_round_trip_of_every_kind(tmp_path, schema):
-    config = load_config(None, ["run=x", "data=cifar100", "seed=7"], schema)
+    data = [] if schema is SearchConfig else ["data=cifar100"]
+    config = load_config(None, ["run=x", *data, "seed=7"], schema)
     assert load_config(write(tmp_path, dump_config(config)), schema=schema) == config
 
 

@@ -18,7 +18,8 @@ from mae_et.__main__ import main
 from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, load_config
 from mae_et.curriculum import Plan, table
 from mae_et.exchange.backbone import Backbone, choose_backbone
-from mae_et.finetuning import build_plan, check_batch, drop_path, examination_size, peak_learning_rate
+from mae_et.finetuning import drop_path
+from mae_et.labelled_plan import build_plan, check_batch, examination_size, peak_learning_rate
 from mae_et.probing import as_finetuning
 from tests.recipes import REPOSITORY, Command, check_cost, check_estimate, commands, header, recipes, written
 

@@ -21,7 +21,7 @@ ROOMS = [
     {"recording"},
     {"running"},
     {"calibration"},
-    {"labelled"},
+    {"labelled", "labelled_plan"},
     {"examination"},
     {"pretraining", "finetuning"},
     {"probing", "exporting", "training"},

@@ -9,16 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 
 import pytest
 import yaml
 
-from mae_et import finetuning
 from mae_et.__main__ import main
 from mae_et.config import ConfigError
 from mae_et.curriculum import Plan
-from mae_et.exchange.backbone import Backbone
 from mae_et.reproduction.cells import MARKER, runs_of
 from mae_et.reproduction.command import listing
 from mae_et.reproduction.costs import Planner, cost_table, traffic_table
@@ -34,30 +31,6 @@ every_experiment = pytest.mark.parametrize("name", names())
 PLACES = {"photos": "/data/photos", "imagenet": "/data/imagenet", "imagenet22k": "/data/imagenet22k"}
 
 
-@pytest.fixture(scope="module")
-def counted_once():
-    """Networks are built, tried and counted once for each size: the same ones stand in many tables."""
-    counts, checks = finetuning.multiply_adds, finetuning.check_sizes
-    build = Backbone.build_without_data
-
-    @cache
-    def network(text, classes):
-        return build(Backbone.from_json(text), classes)
-
-    @cache
-    def count(net, size, channels):
-        checks(net, [size], channels)
-        return counts(net, [size], channels)[size]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "build_without_data", lambda self, classes: network(self.to_json(), classes))
-        patch.setattr(finetuning, "check_sizes", lambda net, sizes, channels: [count(net, s, channels) for s in sizes])
-        patch.setattr(
-            finetuning, "multiply_adds", lambda net, sizes, channels: {s: count(net, s, channels) for s in sizes}
-        )
-        yield
-
-
 @every_experiment
 def test_an_experiment_is_of_an_entry_of_the_map(name):
     experiment = read_experiment(find(name))
@@ -69,7 +42,7 @@ def test_an_experiment_is_of_an_entry_of_the_map(name):
 
 
 @every_experiment
-def test_every_cell_loads_and_plans(name, counted_once):
+def test_every_cell_loads_and_plans(name):
     for scale in read_experiment(find(name)).scales.values():
         planner = Planner(scale, PLACES)
         for cell in scale.cells.values():
@@ -116,14 +89,14 @@ def test_tables_of_benchmarks_are_read_as_well():
             runs_of(scale, cell, PLACES)
 
 
-def test_a_cost_is_that_of_all_seeds(counted_once):
+def test_a_cost_is_that_of_all_seeds():
     scale = read_experiment(find("table_6")).scales["laptop"]
     plans = [(Planner(scale, {}).plan(cell.name), len(cell.seeds)) for cell in scale.cells.values()]
     steps = sum(plan.total_steps * seeds for plan, seeds in plans if isinstance(plan, Plan))
     assert f"in all: {steps:,} steps" in cost_table(scale, {})
 
 
-def test_traffic_is_the_ratio_of_the_areas(counted_once):
+def test_traffic_is_the_ratio_of_the_areas():
     plan = Planner(read_experiment(find("table_20")).scales["paper"], {}).plan("mae")
     assert isinstance(plan, Plan)
     rows = {row.split()[0]: row.split() for row in traffic_table(plan, 3).splitlines() if row.strip()[:1].isdigit()}
@@ -133,7 +106,7 @@ def test_traffic_is_the_ratio_of_the_areas(counted_once):
         assert float(sent) == pytest.approx(int(batch) * 3 * size**2 / 1e6, abs=0.05)  # printed with one
 
 
-def test_the_papers_scale_starts_only_when_told(capsys, counted_once):
+def test_the_papers_scale_starts_only_when_told(capsys):
     assert main(["reproduce", "table_6", "--scale", "paper"]) == 0
     out = capsys.readouterr().out
     assert "--yes" in out

@@ -207,8 +207,8 @@ def _pretraining(config: PretrainConfig) -> Plan:
 
 
 def _labelled(config: FinetuneConfig, backbone: Backbone, frozen: bool) -> Plan:
-    from mae_et.finetuning import build_plan
     from mae_et.labelled import open_labelled
+    from mae_et.labelled_plan import build_plan
 
     key = f"{json.dumps(asdict(config))} {backbone.to_json()} {frozen}"
     if key not in _PLANS:

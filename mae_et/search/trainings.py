@@ -28,8 +28,8 @@ from mae_et.curriculum.stage import Stage
 from mae_et.engine.checkpoint import Checkpoint, latest_checkpoint
 from mae_et.engine.run_folder import write_text_atomic
 from mae_et.exchange.backbone import Backbone
-from mae_et.finetuning import build_plan as build_labelled_plan
 from mae_et.finetuning import settle_start
+from mae_et.labelled_plan import build_plan as build_labelled_plan
 from mae_et.planning import build_plan, final_size
 from mae_et.running import Say
 from mae_et.search.images import SearchImages
