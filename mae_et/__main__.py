@@ -1,4 +1,4 @@
-"""Tools around a run: `python -m mae_et plan | calibrate | evaluate | knn | export`."""
+"""Tools around runs: `python -m mae_et plan | calibrate | evaluate | search | reproduce | ...`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def plan(options: argparse.Namespace) -> int:
     if task == "finetune":
         config = load_config(options.config, options.overrides, FinetuneConfig)
         calibration = chosen_calibration(config, options)
-        show_plan(labelled_plan(config, calibration=calibration), config.budget, calibration, options)
+        show_plan(labelled_plan(config, calibration=calibration), config, calibration, options)
     elif task == "probe":
         from mae_et.probing import as_finetuning
 
@@ -114,22 +114,33 @@ def plan(options: argparse.Namespace) -> int:
         calibration = chosen_calibration(config, options)
         ranks = 1 if calibration is None else calibration.processes
         planned = build_plan(config, number_of_images(config), ranks, calibration)
-        show_plan(planned, config.budget, calibration, options)
+        show_plan(planned, config, calibration, options)
     return 0
 
 
-def show_plan(plan: Plan, budget: str | None, calibration: Calibration | None, options: argparse.Namespace) -> None:
-    """Print a plan, what its budget comes to, and by a calibration what it takes."""
+def show_plan(
+    plan: Plan, config: PretrainConfig | FinetuneConfig, calibration: Calibration | None, options: argparse.Namespace
+) -> None:
+    """Print a plan, what its budget comes to, what ends it early, and by a calibration what it takes."""
     from mae_et.curriculum.table import plan_table
     from mae_et.curriculum.time_table import time_table
 
+    if options.price is not None and calibration is None:
+        raise ConfigError("--price needs times: --calibration FILE, or --calibrate to measure here")
+    if config.selection.method != "none":
+        from mae_et.engine.selection import choose_selection
+
+        repeats = config.data.repeats if isinstance(config, FinetuneConfig) else 1
+        choose_selection(config.selection, plan, config.seed, config.curriculum.drop_last, repeats)
     print(plan_table(plan))
-    if budget is not None:
-        print(f"budget: {budget} comes to epochs={plan.epochs:.9g}")
+    if config.selection.method != "none":
+        print(f"selection: {config.selection.method}; the passes above are those of a run that leaves nothing out")
+    if config.protocol.wall_hours is not None:
+        print(f"protocol: stopped after {config.protocol.wall_hours:g} hours of training, wherever it is")
+    if config.budget is not None:
+        print(f"budget: {config.budget} comes to epochs={plan.epochs:.9g}")
     if calibration is not None:
         print(f"\n{time_table(plan, calibration, options.price, options.currency)}")
-    elif options.price is not None:
-        raise ConfigError("--price needs times: --calibration FILE, or --calibrate to measure here")
 
 
 def evaluate(options: argparse.Namespace) -> int:

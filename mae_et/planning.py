@@ -22,7 +22,7 @@ from mae_et.curriculum import (
 from mae_et.curriculum.budget import LONG, Budget, PlanOf, epochs_for, parse_budget
 from mae_et.curriculum.calibration import Calibration
 from mae_et.curriculum.cost import CostModel
-from mae_et.curriculum.stage import as_size, replace_stage, stage_in_proportion
+from mae_et.curriculum.stage import as_size, format_size, replace_stage, stage_in_proportion
 from mae_et.sizes import ENCODER_SIZES, EncoderSize, TargetKind, hog_cell, target_values
 
 Trial = TypeVar("Trial", PretrainConfig, FinetuneConfig)
@@ -245,6 +245,12 @@ def build_curriculum(
             curriculum = Curriculum.growth(first, growth.step, growth.every, epochs, size, magnitude)
         else:
             curriculum = Curriculum.preset(settings.preset or "baseline", size, stride, magnitude, settings.floor)
+        for stage in curriculum.stages:
+            if stage.bandwidth[0] > size[0] or stage.bandwidth[1] > size[1]:
+                raise ValueError(
+                    f"B={format_size(stage.bandwidth)} is above the final size {format_size(size)}: raise data.size, "
+                    "or say with curriculum.size which final size the stages are meant for, to take them in proportion"
+                )
         return curriculum.early_large_batch(size) if settings.early_large_batch else curriculum
     except (ValueError, TypeError) as error:
         raise ConfigError(f"curriculum: {error}") from None

@@ -165,3 +165,15 @@ def test_a_typo_exits_with_2_and_one_line(repository, command):
     done = subprocess.run(line, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: optim.batchh=8: unknown key 'optim.batchh'; did you mean 'optim.batch'?"
+
+
+def test_the_schedule_named_last_counts(tmp_path):
+    own = write(tmp_path, "curriculum: {stages: [{end: 1, bandwidth: 16}]}\n")
+    assert load_config(own).curriculum.stages is not None
+    named = load_config(own, ["curriculum=linear"]).curriculum
+    assert (named.preset, named.stages) == ("linear", None)
+    grown = load_config(own, ["curriculum.growth.first=4"]).curriculum
+    assert (grown.growth.first, grown.stages) == (4, None)
+    assert load_config(own, ["curriculum.growth.first=4", "curriculum=baseline"]).curriculum.growth.first is None
+    assert load_config(None, ["curriculum=linear", f"curriculum={own}"]).curriculum.stages is not None
+    assert load_config(own, ["curriculum.early_large_batch=true"]).curriculum.stages is not None

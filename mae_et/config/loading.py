@@ -166,6 +166,8 @@ def _expand(values: dict[Any, Any]) -> None:
     for section, key in (("model", "name"), ("curriculum", "preset"), ("calibration", "file"), ("selection", "method")):
         if isinstance(values.get(section), str):
             values[section] = {key: values[section]}
+    if isinstance(values.get("curriculum"), dict):
+        _only_schedule(values["curriculum"])
     short = values.get("data")
     if not isinstance(short, str):
         return
@@ -178,14 +180,30 @@ def _expand(values: dict[Any, Any]) -> None:
         _check_choice("data", short, SOURCES)
 
 
+def _only_schedule(curriculum: dict[Any, Any]) -> None:
+    """What names a schedule last is the one that counts: clear what an earlier layer may have named another way."""
+    growth = curriculum.get("growth") or {}
+    if curriculum.get("stages") is not None:
+        curriculum.setdefault("growth", {"first": None})
+    elif growth.get("first") is not None:
+        curriculum.setdefault("stages", None)
+    elif curriculum.get("preset") is not None:
+        curriculum.setdefault("stages", None)
+        curriculum.setdefault("growth", {"first": None})
+
+
 def _curriculum_of(path: Path) -> dict[Any, Any]:
     """Stages, their axis and the final size that they were found for, from a YAML file.
 
     Raises:
         ConfigError: there is no such file, or it is not one of a curriculum.
     """
+    if not path.exists():
+        raise ConfigError(f"there is no curriculum file {path}; one that was found is in configs/search/found/")
     values = OmegaConf.to_container(_read(path))
     assert isinstance(values, dict)
+    if values.keys() == {"curriculum"}:
+        values = values["curriculum"]
     if "stages" not in values or not values.keys() <= {"stages", "axis", "size"}:
         raise ConfigError(
             f"curriculum={path}: the file of a curriculum has stages, and may have axis and size; this one has "

@@ -83,7 +83,7 @@ class ProtocolConfig:
     """A race against the clock: the schedule is planned for the whole budget, and stops when time is up."""
 
     wall_hours: float | None = None  # of training, pauses for scores and checkpoints left out; null is no limit
-    gpus: int | None = None  # processes that the protocol is for; null takes any
+    gpus: int | None = None  # CUDA devices that the protocol is for, no other will do; null takes any machine
 
     RANGES: ClassVar[Ranges] = {"wall_hours": (0, math.inf, False), "gpus": (1, math.inf, True)}
 

@@ -92,10 +92,12 @@ class Curriculum:
         """The curriculum with each stage's batch as large as its smaller images allow (EfficientTrain++ section 5.3).
 
         The paper states neither batches nor a rule; here a stage takes the largest of `scales` with which a step has
-        no more patches than at the final size.
+        no more patches than at the final size. A stage that scales its batch already is left as it is.
         """
 
         def scaled(stage: Stage) -> Stage:
+            if stage.batch_scale != 1:
+                return stage
             ratio = final_size[0] * final_size[1] / (stage.bandwidth[0] * stage.bandwidth[1])
             return replace_stage(stage, batch_scale=max(scale for scale in scales if scale <= max(ratio, 1)))
 

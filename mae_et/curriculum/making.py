@@ -219,7 +219,7 @@ def check_batch(label: str, batch: int, geometry: Geometry, reference: Geometry,
             raise ValueError(
                 f"{label}: {batch} images have {asked:,} {kind}{'' if kind == 'tokens' else ' patches'}, more than the "
                 f"{most:,} of {terms.batch} images at B={format_size(reference.bandwidth)}: lower batch_scale, or set "
-                "more_tokens to allow a step that takes more memory"
+                "curriculum.more_tokens to allow a step that takes more memory"
             )
 
 
@@ -235,8 +235,10 @@ def learning_rate_factor(label: str, scale: int, terms: Terms) -> float:
     if cap is None:
         raise ValueError(
             f"{label}: batch_scale={scale} raises the peak learning rate {math.sqrt(scale):.3g}-fold (EfficientTrain++ "
-            f"Eq. 2): say with lr_cap how far it may go; the peak is {peak:g}"
+            f"Eq. 2): say with curriculum.lr_cap how far it may go; the peak is {peak:g}"
         )
     if cap < peak:
-        raise ValueError(f"lr_cap={cap:g} is below the peak learning rate {peak:g}: it caps what larger batches add")
+        raise ValueError(
+            f"curriculum.lr_cap={cap:g} is below the peak learning rate {peak:g}: it caps what larger batches add"
+        )
     return min(math.sqrt(scale), cap / peak)

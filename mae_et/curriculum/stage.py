@@ -96,12 +96,15 @@ class Stage:
     ):
         if mask_ratio is not None and visible is not None:
             raise ValueError(f"mask_ratio={mask_ratio} and visible={visible}: a stage takes one of them")
-        if batch_scale < 1 or (replay is not None and replay < 0) or (low_pass is not None and not low_pass > 0):
-            raise ValueError(
-                f"batch_scale={batch_scale}, replay={replay}, low_pass={low_pass}: a stage needs a batch_scale of at "
-                "least 1, a replay of at least 0 and a low_pass radius above 0"
-            )
+        if batch_scale < 1:
+            raise ValueError(f"batch_scale={batch_scale} of a stage must be at least 1")
+        if replay is not None and replay < 0:
+            raise ValueError(f"replay={replay} of a stage must be at least 0")
+        if low_pass is not None and not low_pass > 0:
+            raise ValueError(f"low_pass={low_pass:g} of a stage must be a radius above 0, in cycles per image")
         ends = (magnitude, magnitude) if isinstance(magnitude, int | float) else magnitude
+        if ends is not None and (len(ends) != 2 or not all(isinstance(m, int | float) and m >= 0 for m in ends)):
+            raise ValueError(f"magnitude={magnitude!r} of a stage must be a number or [first, last], at least 0")
         object.__setattr__(self, "end", float(end))
         object.__setattr__(self, "bandwidth", as_size(bandwidth))
         object.__setattr__(self, "mask_ratio", mask_ratio)

@@ -93,12 +93,12 @@ def test_early_large_batches_raise_the_peak_as_equation_2_says(cap, factor):
 
 def test_larger_batches_need_a_cap_and_keep_within_the_tokens_of_the_final_size():
     stages = (Stage(0.5, 96, batch_scale=8), Stage(1, 224))
-    with pytest.raises(ValueError, match=r"stage 1 \(B=96\): batch_scale=8 .* say with lr_cap"):
+    with pytest.raises(ValueError, match=r"stage 1 \(B=96\): batch_scale=8 .* say with curriculum.lr_cap"):
         plan_of(stages, more_tokens=True)
     with pytest.raises(ValueError, match=r"400 images have 14,400 tokens, more than the 9,800 of 50 images at B=224"):
         plan_of(stages, learning_rate_cap=10.0)
     assert plan_of(stages, learning_rate_cap=10.0, more_tokens=True).stages[0].batch == 400
-    with pytest.raises(ValueError, match=r"lr_cap=0\.5 is below the peak learning rate 1"):
+    with pytest.raises(ValueError, match=r"curriculum\.lr_cap=0\.5 is below the peak learning rate 1"):
         plan_of(stages, learning_rate_cap=0.5, more_tokens=True)
 
 

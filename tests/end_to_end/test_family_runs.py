@@ -79,11 +79,14 @@ def test_accuracy_is_taken_at_the_final_size_or_the_stages(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("curriculum.early_large_batch=true", r"say with lr_cap"),
+        ("curriculum.early_large_batch=true", r"say with curriculum\.lr_cap"),
         ("curriculum.stages=[{end: 1, bandwidth: 16, visible: 65}]", r"visible=65 is not among its 1 to 64 patches"),
         ("curriculum.stages=[{end: 1, bandwidth: 16, low_pass: -1}]", r"low_pass=-1.*above 0"),
         ("curriculum.stages=[{end: 1, bandwidth: 16, mask_ratio: 0.5, visible: 3}]", r"a stage takes one of them"),
         ("curriculum.growth={first: 4, step: 4, every: 1}", r"reaches 16 px at epoch 3, and the run ends at epoch 3"),
+        ("curriculum.stages=[{end: 1, bandwidth: 32}]", r"B=32 is above the final size 16: raise data\.size"),
+        ("curriculum.stages=[{end: 1, bandwidth: 16, magnitude: [0, 5, 6]}]", r"magnitude=.* must be a number or"),
+        ("curriculum=nosuch.yaml", r"there is no curriculum file nosuch\.yaml"),
         ("curriculum.axis=time", r"curriculum\.axis='time' is not one of"),
         ("curriculum.growth={frist: 4}", r"unknown key 'curriculum.growth.frist'"),
         ("curriculum.preset=lienar", r"unknown curriculum 'lienar'"),
