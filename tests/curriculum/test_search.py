@@ -171,7 +171,7 @@ def test_a_found_curriculum_in_one_word(tmp_path):
     assert (config.curriculum.axis, config.curriculum.size, config.curriculum.lr_cap) == ("epoch", 28, 1)
     # Of 28 px, 12 are as 96 of 224.
     assert [stage.bandwidth for stage in build_plan(config, 10_000).stages] == [(96, 96), (224, 224)]
-    with pytest.raises(ConfigError, match=r"there is no config file .*gone\.yaml"):
+    with pytest.raises(ConfigError, match=r"there is no curriculum file .*gone\.yaml"):
         load_config(None, [f"curriculum={tmp_path / 'gone.yaml'}"])
     path.write_text("epochs: 3\nstages: []\n")
     with pytest.raises(ConfigError, match=r"has stages, and may have axis and size; this one has epochs, stages"):
