@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mae_et.config import CalibrationConfig, ConfigError, FinetuneConfig, PretrainConfig
+from mae_et.config.plain import JSON_LIMIT, read_bytes
 from mae_et.curriculum.calibration import Calibration, StageTiming, stage_key
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.data.loader import Batch, batches_of, build_loader
@@ -69,9 +70,12 @@ def settle_calibration(
     if not needs_calibration(config):
         return None
     kept = folder.path / CALIBRATION_FILE
-    text = from_main(kept.read_text() if ranks.is_main and resuming and kept.exists() else None)
+    text = from_main(_kept_text(kept) if ranks.is_main and resuming and kept.exists() else None)
     if text is not None:
-        return Calibration.from_json(text)
+        try:
+            return Calibration.from_json(text)
+        except ValueError as error:
+            raise ConfigError(f"{kept} is damaged ({error}): put back the one that the run wrote") from None
     if config.calibration.file is not None:
         return read_calibration(config.calibration.file, ranks.count)
     if resuming:
@@ -80,6 +84,14 @@ def settle_calibration(
             "back, or name a copy with calibration=FILE"
         )
     return calibrate(config, ranks, rehearse, say)
+
+
+def _kept_text(path: Path) -> str:
+    """The file's text; of one that cannot be read some text that is no calibration, so that all ranks refuse it."""
+    try:
+        return read_bytes(path, JSON_LIMIT, follow=False).decode(errors="replace")
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def calibration_records(calibration: Calibration | None) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from mae_et.config import ClassifierConfig, LabelledDataConfig
+from mae_et.config.kept import names_of, read_kept
 from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.exchange.export import Exported, ExportError, ExportFacts, ExportForm, export
 from mae_et.exchange.matching import load_weights
@@ -75,7 +75,7 @@ def class_names(weights: Weights) -> tuple[str, ...]:
     if weights.origin.kind == "run":
         kept = Path(weights.origin.path).parent.parent / CLASSES_FILE
         if kept.exists():
-            return tuple(json.loads(kept.read_text()))
+            return read_kept(kept, names_of)
     head = weights.tensors.get("head.weight") if weights.shape is not None else None
     return () if head is None else tuple(str(number) for number in range(len(head)))
 

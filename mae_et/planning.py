@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_et.config import ConfigError, CurriculumConfig, FinetuneConfig, PretrainConfig, ReplayConfig, StageConfig
+from mae_et.config.plain import JSON_LIMIT, parse_json, read_bytes
 from mae_et.curriculum import (
     AreaCost,
     Curriculum,
@@ -117,6 +118,15 @@ def settle_epochs(config: PretrainConfig | FinetuneConfig, plan_of: PlanOf, cali
     return epochs_for(budget, plan_of, calibration)
 
 
+def plan_of(text: str) -> Plan:
+    """The plan that a run's plan.json holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it holds none.
+    """
+    return Plan.from_dict(parse_json(text))
+
+
 def read_calibration(path: str, processes: int | None = None) -> Calibration:
     """A saved calibration.
 
@@ -128,7 +138,7 @@ def read_calibration(path: str, processes: int | None = None) -> Calibration:
         ConfigError: it cannot be read, or is of another number of processes.
     """
     try:
-        calibration = Calibration.from_json(Path(path).expanduser().read_text())
+        calibration = Calibration.from_json(read_bytes(Path(path).expanduser(), JSON_LIMIT).decode())
     except (OSError, ValueError) as error:
         raise ConfigError(f"calibration={path}: {error}") from None
     if processes not in (None, calibration.processes):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.config import ConfigError, PretrainConfig, load_config
+from mae_et.config.kept import read_kept
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.stage import format_size
 from mae_et.curriculum.table import text_table
@@ -18,7 +19,7 @@ from mae_et.engine.distributed import choose_device
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.evaluation.scores import Embed, LabelledSets, embed_pixels, embed_with, score
-from mae_et.planning import final_size
+from mae_et.planning import final_size, plan_of
 from mae_et.pretraining import build_model, build_source
 from mae_et.running import prepare_device
 from mae_et.tracking import read_metrics
@@ -45,7 +46,7 @@ def evaluate_run(run: str, overrides: Sequence[str] = ()) -> dict[str, dict[str,
         raise ConfigError(f"{run} holds no run: there is no {path / 'config.yaml'}")
     folder = RunFolder(path)
     config = load_config(folder.config_path, overrides)
-    plan = Plan.from_dict(json.loads(folder.plan_path.read_text()))
+    plan = read_kept(folder.plan_path, plan_of)
     rows = read_metrics(folder.metrics_path)
 
     scores = run_scores(config, folder)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mae_et.config.plain import read_yaml, refuse_interpolation
 from mae_et.config.pretrain import PretrainConfig
 from mae_et.config.sections import SOURCES, Choices, Ranges, RunConfig
 
@@ -41,17 +42,15 @@ def load_config(
     config = OmegaConf.structured(schema)
     known = set(_keys(OmegaConf.to_container(config)))
     free_form = tuple(_free_form(schema()))
-    layers: list[tuple[str, Any]] = [] if path is None else [(str(path), _read(Path(path)))]
+    layers: list[tuple[str, dict[Any, Any]]] = [] if path is None else [(str(path), _read(Path(path)))]
     if layers:
         _refuse_other_task(str(path), layers[0][1], schema)
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value, e.g. optim.batch=256")
-        layers.append((override, OmegaConf.from_dotlist([override])))
-    for origin, layer in layers:
-        values = OmegaConf.to_container(layer)
-        assert isinstance(values, dict)
+        layers.append((override, _read_override(override)))
+    for origin, values in layers:
         _expand(values)
         _refuse_unknown(origin, values, known, free_form)
         try:
@@ -182,7 +181,8 @@ def _expand(values: dict[Any, Any]) -> None:
 
 def _only_schedule(curriculum: dict[Any, Any]) -> None:
     """What names a schedule last is the one that counts: clear what an earlier layer may have named another way."""
-    growth = curriculum.get("growth") or {}
+    growth = curriculum.get("growth")
+    growth = growth if isinstance(growth, dict) else {}
     if curriculum.get("stages") is not None:
         curriculum.setdefault("growth", {"first": None})
     elif growth.get("first") is not None:
@@ -200,9 +200,8 @@ def _curriculum_of(path: Path) -> dict[Any, Any]:
     """
     if not path.exists():
         raise ConfigError(f"there is no curriculum file {path}; one that was found is in configs/search/found/")
-    values = OmegaConf.to_container(_read(path))
-    assert isinstance(values, dict)
-    if values.keys() == {"curriculum"}:
+    values = _read(path)
+    if values.keys() == {"curriculum"} and isinstance(values["curriculum"], dict):
         values = values["curriculum"]
     if "stages" not in values or not values.keys() <= {"stages", "axis", "size"}:
         raise ConfigError(
@@ -212,20 +211,27 @@ def _curriculum_of(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _read(path: Path) -> Any:
-    """The YAML file as an OmegaConf node."""
+def _read(path: Path) -> dict[Any, Any]:
+    """What the YAML file holds, as plain data."""
     try:
-        layer = OmegaConf.load(path)
+        return read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}; the recipes are in configs/") from None
-    except Exception as error:  # PyYAML and OmegaConf raise many kinds for a file that is not a mapping of keys
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
-    if not OmegaConf.is_dict(layer):
-        raise ConfigError(f"{path} must hold keys and values at its top level")
-    return layer
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from None
 
 
-def _refuse_other_task(origin: str, layer: Any, schema: type[RunConfig]) -> None:
+def _read_override(override: str) -> dict[Any, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        refuse_interpolation(f"override {override!r}", values)
+    except Exception as error:  # as many kinds as a YAML file's
+        raise ConfigError(str(error) if override in str(error) else f"override {override!r}: {error}") from None
+    assert isinstance(values, dict)
+    return values
+
+
+def _refuse_other_task(origin: str, layer: dict[Any, Any], schema: type[RunConfig]) -> None:
     task, wanted = str(layer.get("task") or "pretrain"), schema().task
     if task != wanted:
         raise ConfigError(f"{origin} configures a {task} run, and this is for {wanted} runs: see the command in it")

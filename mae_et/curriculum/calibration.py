@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mae_et.config.plain import parse_json
 from mae_et.curriculum.cost import CostModel, Geometry
 from mae_et.curriculum.plan import PlannedStage
 from mae_et.curriculum.stage import format_size
@@ -161,11 +163,13 @@ class Calibration:
             ValueError: the text is not a calibration.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             timings = tuple(StageTiming(**_with_tuples(timing)) for timing in values["timings"])
-            return cls(**{**values, "timings": timings})
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            found = cls(**{**values, "timings": timings})
+            _check(found)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a calibration, as `python -m mae_et calibrate` writes it: {error}") from None
+        return found
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,35 @@ class CalibratedCost:
                 "size, since an image of that is the budget's unit"
             )
         return self.seconds[key]
+
+
+def _check(calibration: Calibration) -> None:
+    """Raise ValueError where a number is of another type than `calibrate` writes, or impossible."""
+    if not calibration.timings:
+        raise ValueError("it has no timings")
+    for name in ("title", "device", "precision", "torch", "date"):
+        if not isinstance(getattr(calibration, name), str):
+            raise ValueError(f"{name} is {getattr(calibration, name)!r}")
+    counts = {name: getattr(calibration, name) for name in ("processes", "threads", "workers")}
+    for timing in calibration.timings:
+        if not isinstance(timing.filtered, bool):
+            raise ValueError(f"filtered is {timing.filtered!r}")
+        if len(timing.bandwidth) != 2 or len(timing.image) != 3:
+            raise ValueError(f"bandwidth is {timing.bandwidth!r}, image {timing.image!r}")
+        sides = {f"bandwidth and image, place {place}": n for place, n in enumerate((*timing.bandwidth, *timing.image))}
+        counts |= sides | {name: getattr(timing, name) for name in ("visible", "batch", "blocks")}
+        seconds = {name: getattr(timing, name) for name in ("seconds", "step_seconds", "data_seconds", "spread")}
+        optional = {"memory": timing.memory, "flops_per_image": timing.flops_per_image}
+        _check_numbers(counts, (int,))
+        _check_numbers(seconds | {name: value for name, value in optional.items() if value is not None}, (int, float))
+        if not timing.seconds > 0:
+            raise ValueError(f"seconds is {timing.seconds}")
+
+
+def _check_numbers(values: dict[str, Any], kinds: tuple[type, ...]) -> None:
+    for name, value in values.items():
+        if type(value) not in kinds or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}")
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

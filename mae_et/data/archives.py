@@ -6,6 +6,7 @@ None of them is read through pickle. Flowers' labels are .mat files of numbers.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import tarfile
 import zlib
@@ -19,6 +20,9 @@ from torchvision.datasets import FashionMNIST, Flowers102
 from torchvision.datasets.utils import download_url
 
 from mae_et.data.files import FileSource
+from mae_et.data.mat import read_mat
+
+_LARGEST = 1 << 28  # bytes of an unpacked file; those of the sets here have at most 47 millions
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 
@@ -124,15 +128,18 @@ def read_idx(path: Path) -> np.ndarray:
     Raises ValueError, naming the file, if it is missing, damaged or of another type.
     """
     try:
-        data = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            data = file.read(_LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); fetch it again") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
+    if len(data) > _LARGEST:
+        raise ValueError(f"{path} unfolds to more than {_LARGEST:,} bytes, which no such set has; fetch it again")
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{path} is no IDX file of unsigned bytes; fetch it again")
     dimensions = data[3]
-    shape = np.frombuffer(data, ">u4", dimensions, 4)
+    shape = np.frombuffer(data, ">u4", dimensions, 4).tolist()
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != shape.prod():
+    if values.size != math.prod(shape):
         raise ValueError(
             f"{path} should hold {' x '.join(map(str, shape))} bytes and holds {values.size}; fetch it again"
         )
@@ -196,10 +203,14 @@ def open_cifar(kind: str, root: Path | None, split: str, download: bool, channel
     for file, part in zip(wanted, parts):
         if not part or len(part) % record:
             raise ValueError(f"{file} of {home}: {len(part)} bytes are no whole number of {record}-byte records")
+    try:
+        classes = names.decode().split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{layout.class_names} of {home} is damaged ({error}); fetch it again") from None
     rows = np.concatenate([np.frombuffer(part, np.uint8).reshape(-1, record) for part in parts])
     images = rows[:, layout.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = rows[:, layout.label_bytes - 1]
-    return ArraySource(np.ascontiguousarray(images), labels, f"{kind} {split}", names.decode().split(), channels)
+    return ArraySource(np.ascontiguousarray(images), labels, f"{kind} {split}", classes, channels)
 
 
 def _members(archive: Path, names: list[str]) -> list[bytes]:
@@ -210,6 +221,8 @@ def _members(archive: Path, names: list[str]) -> list[bytes]:
             name = member.name.removeprefix("./")
             file = tar.extractfile(member) if name in names else None
             if file is not None:
+                if member.size > _LARGEST:
+                    raise tarfile.TarError(f"{name} unfolds to {member.size:,} bytes")
                 contents[name] = file.read()
     return [contents[name] for name in names]
 
@@ -219,8 +232,6 @@ def open_flowers102(root: Path | None, split: str, download: bool, channels: int
 
     That is `jpg/image_00001.jpg` ..., `imagelabels.mat` and `setid.mat` in root or in `<root>/flowers-102`.
     """
-    from scipy.io import loadmat  # comes with scikit-learn; 0.2 s to import, for this source alone
-
     home = cache_folder() if root is None else root
     found = [place for place in (home, home / "flowers-102") if (place / "setid.mat").is_file()]
     if not found:
@@ -228,9 +239,10 @@ def open_flowers102(root: Path | None, split: str, download: bool, channels: int
         found = [home / "flowers-102"]
     folder = found[0]
     try:
-        ids = loadmat(folder / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]].ravel()
-        labels = loadmat(folder / "imagelabels.mat")["labels"].ravel()[ids - 1].astype(np.int32) - 1
-    except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
+        part = {"train": "trnid", "val": "valid", "test": "tstid"}[split]
+        ids = read_mat(folder / "setid.mat", [part])[part].ravel().astype(np.int32)
+        labels = read_mat(folder / "imagelabels.mat", ["labels"])["labels"].ravel()[ids - 1].astype(np.int32) - 1
+    except (IndexError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: setid.mat or imagelabels.mat is missing or damaged ({error})") from error
     paths = [f"jpg/image_{i:05d}.jpg" for i in ids]
     return FileSource(f"flowers102 {split}", folder, paths, labels, Flowers102.classes, channels, max_pixels)

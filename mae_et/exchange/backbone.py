@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from mae_et.config import ClassifierConfig, ConfigError, LabelledDataConfig
+from mae_et.config.plain import parse_json
 from mae_et.curriculum.stage import as_size
+from mae_et.exchange.records import check_arguments, read_model, read_shape, read_statistics
 from mae_et.exchange.weights import Weights
 from mae_et.models.backbones import build_backbone
 from mae_et.models.classifier import pixel_statistics
@@ -71,6 +73,7 @@ class Backbone:
         if self.shape is not None:
             return build_vit(self.shape, classes, pooling, drop_path)
         try:
+            check_arguments(self.arguments)
             net = build_backbone(
                 str(self.model),
                 classes=classes,
@@ -94,11 +97,25 @@ class Backbone:
 
     @classmethod
     def from_json(cls, text: str) -> Backbone:
-        """A backbone from what `to_json` wrote."""
-        values = json.loads(text)
-        pairs = {name: tuple(values[name]) for name in ("size", "mean", "std")}
-        shape = values["shape"] and ViTShape(**{**values["shape"], "size": tuple(values["shape"]["size"])})
-        return cls(**{**values, **pairs, "shape": shape})
+        """A backbone from what `to_json` wrote.
+
+        Raises:
+            ValueError: it did not write this.
+        """
+        try:
+            values = parse_json(text)
+            shape = None if values["shape"] is None else read_shape(values["shape"])
+            mean, std = read_statistics(values, "mean"), read_statistics(values, "std")
+            model, arguments = read_model(values)
+            numbers = {"size": as_size(values["size"]), "mean": mean, "std": std, "shape": shape}
+            found = cls(**{**values, **numbers, "model": model, "arguments": arguments})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it does not describe a backbone ({error!r})") from None
+        if type(found.channels) is not int or not len(found.mean or ()) == len(found.std or ()) == found.channels:
+            raise ValueError(f"it has {found.channels!r} channels, and not as many of mean and std")
+        if shape is None and model is None:
+            raise ValueError("it names no network")
+        return found
 
 
 def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: Weights | None) -> Backbone:

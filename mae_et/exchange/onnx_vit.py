@@ -79,6 +79,16 @@ def read_onnx(path: Path) -> OnnxTensors:
         arrays: Arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError) as error:
         raise ValueError(f"it is truncated or not an ONNX file ({error})") from error
+    try:
+        return _find_transformer(graph, arrays)
+    except (IndexError, KeyError, TypeError, RuntimeError, StopIteration) as error:
+        raise ValueError(
+            f"no vision transformer is in it: its graph is not one that exporters write ({error!r})"
+        ) from error
+
+
+def _find_transformer(graph: GraphProto, arrays: Arrays) -> OnnxTensors:
+    """The tensors of a graph; whatever a malformed one makes Python raise comes through."""
     kernels = [(name.removesuffix(k), k) for name in arrays for k in _KERNELS if name == k or name.endswith(f".{k}")]
     if not kernels:
         raise ValueError(f"no vision transformer is in it: no tensor is named {' or '.join(_KERNELS)}")

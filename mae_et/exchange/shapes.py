@@ -40,13 +40,15 @@ def infer_shape(
     hidden = tensors.get("blocks.0.mlp.fc1.weight")
     if kernel is None or kernel.ndim != 4 or positions is None or positions.ndim != 3 or hidden is None:
         return None
+    if not all(tensor.numel() for tensor in (kernel, positions, hidden)):
+        return None
     width, channels, patch_size, _ = kernel.shape
     shape = ViTShape(
         size=(patch_size, patch_size),
         patch_size=patch_size,
         channels=channels,
         width=width,
-        depth=len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)}),
+        depth=_depth(tensors),
         heads=1,  # which no tensor shows
         mlp_ratio=hidden.shape[0] / width,
         class_token="cls_token" in tensors,
@@ -71,7 +73,12 @@ def check_tensors(shape: ViTShape, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: naming one that is not, and how it differs.
     """
-    difference = _difference(shape, tensors)
+    # What is stated may be of any size: one block too many is enough to tell that there are too many.
+    bounded = replace(shape, depth=min(shape.depth, _depth(tensors) + 1))
+    try:
+        difference = _difference(bounded, tensors)
+    except (RuntimeError, OverflowError, TypeError) as error:  # numbers that overflow, in torch's several words
+        difference = f"there can be no tensors of it ({str(error).partition(chr(10))[0]})"
     rows, columns = shape.grid
     wanted = (1, rows * columns + shape.class_token, shape.width)
     if difference is None and tuple(tensors["pos_embed"].shape) != wanted:
@@ -92,6 +99,10 @@ def _difference(shape: ViTShape, tensors: Mapping[str, Tensor]) -> str | None:
         return f"{extra[0]} belongs to another model"
     wrong = [name for name, tensor in wanted.items() if tensors[name].shape != tensor.shape]
     return f"{wrong[0]} is {_text(tensors[wrong[0]])}, not {_text(wanted[wrong[0]])}" if wrong else None
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
 
 
 def _infer_heads(width: int) -> int:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,19 +14,18 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from yaml import YAMLError
 
-from mae_et.curriculum.stage import as_size
+from mae_et.config.plain import parse_json, read_bytes, read_json, read_yaml
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint
 from mae_et.exchange.onnx_vit import read_onnx
+from mae_et.exchange.records import as_heads, read_model, read_shape, read_statistics
 from mae_et.exchange.shapes import check_tensors, infer_shape
+from mae_et.exchange.torch_files import read_torch
 from mae_et.models.classifier import pixel_statistics
 from mae_et.models.posembed import sincos_positions
 from mae_et.models.vit import ViTShape, encoder_tensors
@@ -42,6 +38,7 @@ _FORMS = (
     "or timm/<name>"
 )
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx")
+_RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _OF_DECODERS = re.compile(r"decoder_.*|mask_token")  # of MAE's files; DINOv2's hold a mask token, too
 
 
@@ -66,6 +63,25 @@ class Origin:
     step: int | None = None
     run_id: str | None = None
     config: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Origin:
+        """An origin from its fields as JSON.
+
+        Raises:
+            ValueError: they are not those of an origin.
+        """
+        values = parse_json(text)
+        kinds = {
+            "kind": str, "path": str, "sha256": str | None, "step": int | None, "run_id": str | None,
+            "config": dict | None,
+        }  # fmt: skip
+        if not isinstance(values, dict) or not {"kind", "path", "sha256"} <= values.keys() <= kinds.keys():
+            raise ValueError("it does not describe where weights come from")
+        wrong = [name for name, value in values.items() if not isinstance(value, kinds[name])]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,8 @@ def open_weights(checkpoint: str | os.PathLike[str], heads: int | None = None) -
         return _from_file(path, heads)
     except (CheckpointError, ValueError, OSError) as error:
         raise WeightsError(f"cannot use {text}: {error}") from error
+    except MemoryError as error:
+        raise WeightsError(f"cannot use {text}: it asks for more memory than there is") from error
 
 
 def _from_run(path: Path, heads: int | None) -> Weights:
@@ -124,14 +142,13 @@ def _from_run(path: Path, heads: int | None) -> Weights:
     config = _config_of(run)
     # The average is what a run with one reports scores of.
     group = "average" if "average" in checkpoint.tensors else "model"
-    id_file = run / "run_id.txt"
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    manifest = read_json(checkpoint.path / "manifest.json")
     origin = Origin(
         kind="run",
         path=str(checkpoint.path),
         sha256=manifest["files"][f"{group}.safetensors"]["sha256"],
         step=checkpoint.step,
-        run_id=id_file.read_text().strip() if id_file.exists() else None,
+        run_id=_run_id_of(run),
         config=config,
     )
     stored = checkpoint.tensors.get(group, {})
@@ -166,13 +183,23 @@ def _config_of(run: Path) -> dict[str, Any] | None:
     file = run / "config.yaml"
     if not file.exists():
         return None
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: is not a configuration")
-    return {str(key): value for key, value in config.items()}
+    # Not of a link, since the configuration goes on into the records of runs and into model cards.
+    return {str(key): value for key, value in read_yaml(file, follow=False).items()}
+
+
+def _run_id_of(run: Path) -> str | None:
+    """The run's id; as W&B gets it, it must not be the text of any file that a link names.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    file = run / "run_id.txt"
+    if not file.exists():
+        return None
+    text = read_bytes(file, 1000, follow=False).decode(errors="replace").strip()
+    if not _RUN_ID.fullmatch(text):
+        raise ValueError(f"{file}: holds no run's id; remove it, or put back the one that the run wrote")
+    return text
 
 
 class _Facts(NamedTuple):
@@ -189,17 +216,12 @@ def _pretrained_facts(config: dict[str, Any] | None, tensors: Named, heads: int 
         model, data = config["model"], config["data"]
         named = ENCODER_SIZES[model["name"]]
         channels = data.get("channels", 3)
-        shape = ViTShape(
-            size=as_size(data["size"]),
-            patch_size=model["patch_size"],
-            channels=channels,
-            width=model.get("width") or named.width,
-            depth=model.get("depth") or named.depth,
-            heads=model.get("heads") or named.heads,
-            mlp_ratio=model["mlp_ratio"],
-        )
-        facts = _Facts(shape, *pixel_statistics(channels, data.get("mean"), data.get("std")))
-    except (KeyError, TypeError, AttributeError) as error:
+        numbers = {name: model.get(name) or getattr(named, name) for name in ("width", "depth", "heads")}
+        numbers |= {"patch_size": model["patch_size"], "mlp_ratio": model["mlp_ratio"], "channels": channels}
+        shape = read_shape({"size": data["size"], **numbers})
+        mean, std = (read_statistics(data, name) for name in ("mean", "std"))
+        facts = _Facts(shape, *pixel_statistics(channels, mean, std))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"its config.yaml does not describe a pretraining run ({error!r})") from error
     check_tensors(shape, tensors)
     return facts
@@ -208,18 +230,21 @@ def _pretrained_facts(config: dict[str, Any] | None, tensors: Named, heads: int 
 def _downstream_facts(run: Path, config: dict[str, Any], tensors: Named, heads: int | None) -> dict[str, Any]:
     """Shape, model, arguments, mean and std of a fine-tuned or supervised run, by its backbone.json if it has one."""
     file = run / "backbone.json"
-    section = config.get("model") or {}
+    section = config.get("model")
+    section = section if isinstance(section, dict) else {}
     if not file.exists():
-        name = section.get("name") or ""
-        heads = heads or section.get("heads") or (ENCODER_SIZES[name].heads if name in ENCODER_SIZES else None)
+        name = str(section.get("name") or "")
+        heads = (
+            heads or as_heads(section.get("heads")) or (ENCODER_SIZES[name].heads if name in ENCODER_SIZES else None)
+        )
         model = name if name.startswith("timm/") else None
         return {"shape": infer_shape(tensors, heads), "model": model, "mean": None, "std": None}
     try:
-        facts = json.loads(file.read_text())
-        shape = facts["shape"] and ViTShape(**{**facts["shape"], "size": as_size(facts["shape"]["size"])})
-        mean, std = (tuple(facts[key]) if facts.get(key) else None for key in ("mean", "std"))
-        model, arguments = facts.get("model"), facts.get("arguments") or {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        facts = read_json(file, follow=False)
+        shape = None if facts["shape"] is None else read_shape(facts["shape"])
+        mean, std = (read_statistics(facts, key) for key in ("mean", "std"))
+        model, arguments = read_model(facts)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{file}: does not describe a backbone ({error!r})") from error
     if shape is not None:
         check_tensors(shape, tensors)
@@ -231,7 +256,7 @@ def _from_file(path: Path, heads: int | None) -> Weights:
         raise ValueError(f"files that end in {path.suffix!r} are not read; {_FORMS}")
     if path.suffix == ".onnx":
         return _from_onnx(path, heads)
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     tensors, dropped = _backbone(_state_dict(loaded))
     if not tensors:
         raise ValueError("it holds no tensors")
@@ -248,30 +273,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"it is truncated or not a safetensors file ({error})") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """A file of torch.save, of tensors and plain containers; MAE's hold the command line's Namespace as well."""
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # Said of pickles that torch.save did not write, and of sparse tensors: both are refused below.
-            warnings.filterwarnings("ignore", "Detected pickle protocol|Validating sparse tensor", UserWarning)
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise ValueError("it is truncated or not a file of torch.save") from error
-        raise ValueError(
-            f"refused, because it asks to run or build {found[1]}: unpickling that can execute anything. Only tensors, "
-            "plain containers and argparse.Namespace are read; save its state_dict alone, best as safetensors"
-        ) from error
-    except (EOFError, RuntimeError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        # What torch's reader raises depends on the byte at which a file ends.
-        first = (str(error).splitlines() or ["it ends too early"])[0]
-        raise ValueError(f"it is truncated or not a file of torch.save ({first})") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
-    return dict(loaded)
 
 
 def _state_dict(loaded: Mapping[str, Any]) -> Named:
@@ -299,9 +300,12 @@ def _checked(tensors: Named) -> Named:
     checked = {}
     for name, tensor in tensors.items():
         try:
+            stored = tensor.untyped_storage().nbytes()
+            if stored < tensor.numel() * tensor.element_size():
+                raise RuntimeError(f"{list(tensor.shape)} of {stored:,} bytes")
             checked[name] = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
             finite = bool(torch.isfinite(checked[name]).all())
-        except RuntimeError as error:  # sparse, quantized, without data, larger than memory
+        except (RuntimeError, NotImplementedError) as error:  # sparse, quantized, without data, a few bytes repeated
             raise ValueError(f"tensor {name!r} is not a plain array of numbers ({error})") from error
         if not finite:
             raise ValueError(f"tensor {name!r} holds NaN or infinity")

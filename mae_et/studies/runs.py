@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from mae_et.config import (
     load_config,
     task_of,
 )
+from mae_et.config.kept import names_of, read_kept
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.checkpoint import load_checkpoint
 from mae_et.engine.distributed import choose_device
@@ -31,6 +31,7 @@ from mae_et.exchange.weights import open_weights
 from mae_et.finetuning import BACKBONE_FILE, CLASSES_FILE
 from mae_et.labelled_plan import examination_size
 from mae_et.models.classifier import Classifier
+from mae_et.planning import plan_of
 from mae_et.probing import frozen_encoder
 
 
@@ -98,7 +99,7 @@ def open_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
             raise ConfigError(f"{path} holds no run: there is no {plan}")
         config = load_config(file, overrides, schema)
         unique = name if names.count(name) == 1 else str(path)
-        runs.append(StudiedRun(unique, path, config, Plan.from_dict(json.loads(plan.read_text()))))
+        runs.append(StudiedRun(unique, path, config, read_kept(plan, plan_of)))
     return runs
 
 
@@ -141,8 +142,8 @@ def open_classifier(run: StudiedRun, checkpoint: Kept) -> Network:
         CheckpointError: the checkpoint is damaged.
     """
     assert isinstance(run.config, FinetuneConfig)
-    backbone = Backbone.from_json((run.path / BACKBONE_FILE).read_text())
-    classes = len(json.loads((run.path / CLASSES_FILE).read_text()))
+    backbone = read_kept(run.path / BACKBONE_FILE, Backbone.from_json)
+    classes = len(read_kept(run.path / CLASSES_FILE, names_of))
     net = backbone.build(classes, "cls" if run.config.model.pooling == "cls" else "mean")
     network = _network(run, net, backbone)
     tensors = load_checkpoint(checkpoint.path).tensors
@@ -154,7 +155,7 @@ def network_channels(run: StudiedRun) -> int:
     """Channels of the images that a run's network takes."""
     if isinstance(run.config, PretrainConfig):
         return run.config.data.channels
-    return Backbone.from_json((run.path / BACKBONE_FILE).read_text()).channels
+    return read_kept(run.path / BACKBONE_FILE, Backbone.from_json).channels
 
 
 def _network(run: StudiedRun, net: nn.Module, backbone: Backbone) -> Network:
@@ -181,6 +182,7 @@ def file_name(run: StudiedRun) -> str:
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table for spreadsheets: floats with six digits, nothing for None."""
+    path.unlink(missing_ok=True)  # rather than write to what a link names
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
