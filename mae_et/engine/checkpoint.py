@@ -28,14 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mae_et.config.plain import read_json
+from mae_et.engine.manifest import BLOCK, FILE_NAME, MANIFEST, STATE, CheckpointError, new_manifest, verify
 from mae_et.engine.run_folder import fsync_folder
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 
-FORMAT_VERSION = 1
-_FORMAT = "mae_et checkpoint"
-_BLOCK = 1 << 22  # bytes per write: small enough that hashing finds them in the cache
-_FILE_NAME = re.compile(r"state\.json|[A-Za-z0-9_]+\.safetensors")
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(?:\.(tmp|trash|replaced)-(\d{1,9})(?:-\d+)?)?")
 _DTYPES = {
     torch.float64: "F64",
@@ -51,8 +49,8 @@ _DTYPES = {
 }
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be saved, or not be trusted; the message names the file and what is wrong."""
+class SaveError(CheckpointError):
+    """A save failed for the disk's sake; the checkpoints before it are intact, and a later save may succeed."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +109,18 @@ def save_checkpoint(
         temporary = _unused_name(folder, step, "tmp")
         temporary.mkdir()
         _write_contents(temporary, step, contents)
-        _verify(temporary)
+        verify(temporary)
         final = _publish(temporary, folder / f"step-{step:08d}", step)
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError):
+        # What does not read back as it was written is the disk's failure as well.
+        if not isinstance(error, (OSError, CheckpointError)):
             raise
+        reason = getattr(error, "strerror", None) or error
         needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        raise CheckpointError(
-            f"could not save step {step} in {folder}: {error.strerror or error} (bytes needed: {needed:,}, "
+        raise SaveError(
+            f"could not save step {step} in {folder}: {reason} (bytes needed: {needed:,}, "
             f"free: {_free_bytes(folder)}); free some space, or choose another disk with run=..."
         ) from error
     _prune(folder, step, keep)
@@ -133,21 +133,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, truncated, altered or unreadable, or the format version is unknown.
     """
-    manifest = _verify(path)
-    loaded = Checkpoint(path, manifest["step"], {}, {})
+    manifest = verify(path)
+    loaded = Checkpoint(path, manifest["step"], {}, _read_state(path / STATE, manifest["step"]))
+    named = _FOLDER_NAME.fullmatch(path.name)
+    if named is not None and int(named[1]) != loaded.step:
+        raise CheckpointError(
+            f"{path / MANIFEST}: is of step {loaded.step}, not of the step that the folder is named by"
+        )
     file = path
     try:
-        for file in [path / name for name in manifest["files"]]:
-            if file.suffix == ".json":
-                loaded.state.update(json.loads(file.read_bytes()))
-                continue
+        for file in [path / name for name in manifest["files"] if name != STATE]:
             with safe_open(file, framework="pt") as opened:
                 # Clones, because the library hands out views of the mapped file, which pruning may delete.
                 names = opened.keys()
                 loaded.tensors[file.stem] = {name: opened.get_tensor(name).clone() for name in names}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as error:
+        # Of these, the last three are of number formats that torch or the library lacks.
         raise CheckpointError(f"{file}: its content is not that of a {file.suffix} file ({error})") from error
     return loaded
+
+
+def _read_state(file: Path, step: int) -> dict[str, Any]:
+    try:
+        state = read_json(file)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: its content is not that of a .json file ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: holds no keys and values")
+    if type(state.get("step", step)) is not int or state.get("step", step) != step:
+        raise CheckpointError(f"{file}: is of step {state['step']!r}, and the manifest beside it of step {step}")
+    return state
 
 
 def _warn_on_stderr(message: str) -> None:
@@ -209,7 +224,7 @@ def _list(folder: Path) -> list[_Entry]:
 def _unused_name(folder: Path, step: int, kind: str) -> Path:
     path = folder / f"step-{step:08d}.{kind}-{os.getpid()}"
     others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(1))
-    return next(other for other in others if not other.exists()) if path.exists() else path
+    return next(other for other in others if not os.path.lexists(other)) if os.path.lexists(path) else path
 
 
 def _contents(
@@ -218,7 +233,7 @@ def _contents(
     """File name -> its bytes in pieces, made only when they are written."""
     contents: dict[str, Iterable[bytes | memoryview]] = {}
     for group, named in tensors.items():
-        if not _FILE_NAME.fullmatch(f"{group}.safetensors"):
+        if not FILE_NAME.fullmatch(f"{group}.safetensors"):
             raise ValueError(f"group name {group!r}: use letters, digits and underscores")
         for name, tensor in named.items():
             if tensor.dtype not in _DTYPES:
@@ -228,7 +243,7 @@ def _contents(
     if json.loads(text) != state:
         changed = [key for key, value in json.loads(text).items() if value != state.get(key)]
         raise ValueError(f"state does not come back equal from JSON (tuples? integer keys?): {changed}")
-    contents["state.json"] = [text.encode()]
+    contents[STATE] = [text.encode()]
     return contents
 
 
@@ -261,9 +276,7 @@ def _refuse_non_finite(model: Mapping[str, Tensor]) -> None:
 
 def _write_contents(folder: Path, step: int, contents: Mapping[str, Iterable[bytes | memoryview]]) -> None:
     files = {name: _write_file(folder / name, pieces) for name, pieces in contents.items()}
-    manifest = {"format": _FORMAT, "format_version": FORMAT_VERSION, "package_version": _package_version()}
-    manifest |= {"step": step, "files": files}
-    _write_file(folder / "manifest.json", [_encode_manifest(manifest)])
+    _write_file(folder / MANIFEST, [new_manifest(step, files, _package_version())])
     fsync_folder(folder)
 
 
@@ -272,8 +285,8 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, i
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         for piece in pieces:
-            for start in range(0, len(piece), _BLOCK):
-                block = memoryview(piece)[start : start + _BLOCK]
+            for start in range(0, len(piece), BLOCK):
+                block = memoryview(piece)[start : start + BLOCK]
                 digest.update(block)
                 size += len(block)
                 while block:
@@ -284,61 +297,6 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, i
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest with a checksum of itself, in the one spelling that `_read_manifest` accepts."""
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "checksum": checksum}, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
-    raw = file.read_bytes()
-    try:
-        manifest = json.loads(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{file}: not the manifest of a checkpoint of mae_et")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file}: unknown format version {manifest.get('format_version')!r}, this release reads "
-            f"{FORMAT_VERSION}; use the release that wrote it ({manifest.get('package_version')})"
-        )
-    manifest.pop("checksum", None)
-    if _encode_manifest(manifest) != raw:
-        raise CheckpointError(f"{file}: altered since it was written (its checksum differs)")
-    return manifest
-
-
-def _verify(path: Path) -> dict[str, Any]:
-    """Checks every file of a checkpoint against its manifest, and returns the manifest."""
-    file = path / "manifest.json"
-    try:
-        manifest = _read_manifest(file)
-        for name, expected in manifest["files"].items():
-            file = path / name
-            if not _FILE_NAME.fullmatch(name):
-                raise CheckpointError(f"{path / 'manifest.json'}: names {name!r}, which no checkpoint holds")
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                what = "truncated" if size < expected["bytes"] else "too long"
-                raise CheckpointError(f"{file}: {what}: {size:,} of {expected['bytes']:,} bytes")
-            if _sha256(file) != expected["sha256"]:
-                raise CheckpointError(f"{file}: altered since it was written (its SHA-256 differs)")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return manifest
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _publish(temporary: Path, final: Path, step: int) -> Path:
@@ -381,6 +339,8 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 def _remove_leftovers(folder: Path) -> None:
     for entry in _list(folder):
         if entry.kind in ("tmp", "trash") and entry.abandoned():
+            if entry.path.is_symlink():  # whose folder is not ours to empty
+                entry.path.unlink()
             shutil.rmtree(entry.path, ignore_errors=True)
 
 

@@ -30,16 +30,23 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """One run's output folder, created and tried for writing at construction.
 
-    Every rank may construct it; only rank 0 should hold the lock and write. Use it as a context manager, or call
-    `acquire` and `release`.
+    Only the main rank should hold the lock and write. Use it as a context manager, or call `acquire` and `release`.
+
+    Args:
+        path: of the folder.
+        writes: False where only the names in it are wanted: nothing is created or tried then. So do the other ranks,
+            whose hosts need not have the folder.
 
     Raises:
-        RunFolderError: the path is a file, cannot be created, or cannot be written to.
+        RunFolderError: the path is a file, cannot be created or written to, or holds files that are links. Folders may
+            be links to another disk; but writing to a file that is one would overwrite whatever it names.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         self.path = Path(path).expanduser()
         self._lock: int | None = None
+        if not writes:
+            return
         folder = self.path
         try:
             for folder in (self.path, self.checkpoints, self.pictures):
@@ -47,6 +54,8 @@ class RunFolder:
                 # Permission bits say nothing of read-only mounts and quotas; a nameless file tries all of them.
                 with tempfile.TemporaryFile(dir=folder):
                     pass
+            for folder in _own_folders(self.path):
+                _refuse_links(folder)
         except OSError as error:
             raise RunFolderError(_unusable(self.path, folder, error)) from error
 
@@ -64,6 +73,21 @@ class RunFolder:
     def metrics_path(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def status_path(self) -> Path:
+        """What has become of the run; see `engine.status`."""
+        return self.path / "status.json"
+
+    @property
+    def bad_images_path(self) -> Path:
+        """Images that could not be read, one JSON object each; absent while there are none."""
+        return self.path / "bad_images.jsonl"
+
+    @property
+    def non_finite_path(self) -> Path:
+        """Samples of the steps that ended a run by not being finite, one JSON object each."""
+        return self.path / "nonfinite.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -90,7 +114,7 @@ class RunFolder:
                 cannot be written.
         """
         try:
-            lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise RunFolderError(_unusable(self.path, self.lock_path, error)) from error
         try:
@@ -141,7 +165,8 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         # Under the lock nobody else writes here, so these are from a process killed inside write_text_atomic.
         for leftover in self.path.glob(".*.tmp-*-*"):
-            leftover.unlink(missing_ok=True)
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
 
     def _forget_lock(self) -> None:
         if self._lock is not None:
@@ -169,12 +194,15 @@ os.register_at_fork(after_in_child=_forget_locks_in_child)
 def write_text_atomic(path: Path, text: str) -> None:
     """Writes a UTF-8 text file so that `path` holds all of the old or all of the new text, even after a power cut.
 
+    Where `path` is a link, the file takes its place.
+
     Raises:
         OSError: the folder is full, missing or not writable; the old file is then intact.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8", newline="") as file:  # never through a link that waits there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -193,6 +221,22 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _own_folders(run: Path) -> list[Path]:
+    """The run's folder and those in it, but for wandb/: its links are W&B's own, which replaces them."""
+    return [run, *(Path(entry.path) for entry in os.scandir(run) if entry.is_dir() and entry.name != "wandb")]
+
+
+def _refuse_links(folder: Path) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir() and not entry.is_file(follow_symlinks=False):
+                what = "a link to a file" if entry.is_symlink() else "a pipe or a device"
+                raise RunFolderError(
+                    f"{entry.path} is {what}, and a run would write to what it names: remove it, or choose another "
+                    "folder with run=..."
+                )
 
 
 def _write_holder(lock: int) -> None:

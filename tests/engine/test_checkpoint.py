@@ -17,7 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from mae_et.engine.checkpoint import (
+    CheckpointError,
+    SaveError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests.engine.saves import assert_loads, assert_same_bits, content, names, save
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -357,3 +363,13 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     rewrite_manifest(path, files={name: file_entry(path / name)})
     with pytest.raises(CheckpointError, match=r"manifest\.json: names .*secret\.safetensors"):
         load_checkpoint(path)
+
+
+def test_what_does_not_read_back_is_a_failed_save(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, block, real=os.write: real(descriptor, bytes(len(block))))
+        with pytest.raises(SaveError, match=r"could not save step 2 .*manifest\.json: truncated or damaged"):
+            save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
+    assert_loads(tmp_path, 1)
