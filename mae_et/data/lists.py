@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from mae_et.data.files import SPLITS, FileSource
+from mae_et.data.files import SPLITS, FileSource, PathTable
+from mae_et.data.index import Index, Watch, open_index
+
+_MOST_CLASSES = 10_000_000  # each number up to the largest has a name: a stray one must not fill the memory
 
 
-class Line(NamedTuple):
-    """One image of a list: its line number (from 1), its path and its label, "" for none."""
+def read_list(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the images that a list file names: line number (from 1), path and label, "" for none.
 
-    number: int
-    path: str
-    label: str
-
-
-def read_list(path: Path) -> Iterator[Line]:
-    """Yield the images that a list file names; blank lines and lines that begin with `#` are skipped.
-
-    A line is a path, or a path, a TAB and a label. Raises ValueError where the file is no UTF-8 text.
+    A line is a path, or a path, a TAB and a label. Blank lines and lines that begin with `#` are skipped. Raises
+    ValueError where the file is no UTF-8 text.
     """
     with path.open(encoding="utf-8-sig", newline=None) as lines:
         try:
             for number, line in enumerate(lines, 1):
-                text = line.rstrip("\r\n")
-                if text.strip() and not text.lstrip().startswith("#"):
-                    image, _, label = text.partition("\t")
-                    yield Line(number, image.strip(), label.strip())
+                text = line.strip()
+                if text and text[0] != "#":
+                    image, _, label = line.partition("\t")
+                    yield number, image.strip(), label.strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a UTF-8 text file; kind 'list' takes one path a line") from error
+
+
+def _read_index(path: Path, watch: Watch) -> Index:
+    """Read a list file, line by line, into flat arrays; labels are numbered as they come."""
+    watch.add(os.path.abspath(path))  # noqa: PTH100
+    numbers = {"": -1}
+    labels, lines = array("i"), array("q")
+
+    def paths() -> Iterator[str]:
+        for line, image, label in read_list(path):
+            lines.append(line)
+            labels.append(numbers.setdefault(label, len(numbers) - 1))
+            yield image
+
+    table = PathTable(paths())
+    return Index(table, np.array(labels, np.int32), tuple(numbers)[1:], np.array(lines, np.int64))
+
+
+def _open_index(path: Path) -> Index:
+    return open_index(("list", os.path.abspath(path)), lambda watch: _read_index(path, watch))  # noqa: PTH100
 
 
 def open_list(root: Path, split: str, channels: int, max_pixels: int) -> FileSource:
@@ -46,23 +63,21 @@ def open_list(root: Path, split: str, channels: int, max_pixels: int) -> FileSou
         ValueError: if there is no such list, it is empty, or a label is negative or unknown to `train.txt`.
     """
     path = _list_path(root, split)
-    numbers, paths, labels = [], [], []
-    for line in read_list(path):
-        numbers.append(line.number)
-        paths.append(line.path)
-        labels.append(line.label)
-    if not paths:
+    index = _open_index(path)
+    if not len(index.paths):
         raise ValueError(f"{path} lists no images; it takes one path a line, then optionally a TAB and a label")
     train = path.with_name("train.txt")
-    is_folder = root.is_dir() and train.is_file()
-    known = {line.label for line in read_list(train)} if is_folder and split != "train" else set(labels)
-    classes = _class_names(known, path)
-    number_of = {name: i for i, name in enumerate(classes)} | {"": -1}
-    for number, label in zip(numbers, labels):
-        if label not in number_of:
-            raise ValueError(f"{path}, line {number}: label {label!r} is none of the {len(classes)} of {train}")
-    wanted = np.array([number_of[label] for label in labels], np.int32)
-    return FileSource(f"list {split}", path.parent, paths, wanted, classes, channels, max_pixels, (path, numbers))
+    numbered_by_train = split != "train" and root.is_dir() and train.is_file()
+    classes = _class_names(_open_index(train).names if numbered_by_train else index.names, path)
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [i for i, name in enumerate(index.names) if name not in number]
+    if unknown:
+        first = int(np.flatnonzero(np.isin(index.labels, unknown))[0])
+        line, label = index.lines[first], index.names[index.labels[first]]
+        raise ValueError(f"{path}, line {line}: label {label!r} is none of the {len(classes)} of {train}")
+    labels = np.array([*(number[name] for name in index.names), -1], np.int32)[index.labels]
+    lines = (path, index.lines)
+    return FileSource(f"list {split}", path.parent, index.paths, labels, classes, channels, max_pixels, lines)
 
 
 def _list_path(root: Path, split: str) -> Path:
@@ -83,13 +98,12 @@ def _list_path(root: Path, split: str) -> Path:
     return root
 
 
-def _class_names(labels: set[str], path: Path) -> tuple[str, ...]:
-    names = labels - {""}
+def _class_names(names: Sequence[str], path: Path) -> tuple[str, ...]:
     try:
         numbers = {name: int(name) for name in names}
     except ValueError:
         return tuple(sorted(names))
-    wrong = [name for name, number in numbers.items() if number < 0 or name != str(number)]
+    wrong = [name for name, number in numbers.items() if not 0 <= number < _MOST_CLASSES or name != str(number)]
     if wrong:
         raise ValueError(f"{path}: label {wrong[0]!r} is no class number; write 0, 1, 2, ..., or leave it out for none")
     return tuple(str(number) for number in range(max(numbers.values(), default=-1) + 1))

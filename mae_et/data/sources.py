@@ -12,7 +12,8 @@ import torch
 
 from mae_et.data.archives import ArraySource, open_cifar, open_fashion_mnist, open_flowers102
 from mae_et.data.decode import DEFAULT_MAX_PIXELS
-from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, open_folder, split_folders, subfolders
+from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource
+from mae_et.data.folders import open_folder, split_folders, subfolders
 from mae_et.data.lists import open_list
 from mae_et.data.published import open_food101, open_nabirds, open_stanford_dogs
 

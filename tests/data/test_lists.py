@@ -59,11 +59,33 @@ def test_missing_files_of_a_list_are_found_when_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("path", "reason"), [("a\0b.png", "null byte"), ("x" * 5000, "too long"), ("loop", "symbolic")]
+)
+def test_lines_that_can_be_no_path_are_bad_images(tmp_path, path, reason):
+    (tmp_path / "loop").symlink_to("loop")
+    source = open_source("list", write_list(tmp_path / "list.txt", f"a.png\n{path}\n"))
+    with pytest.raises(ImageError, match=rf"line 2 of .*: cannot be read: .*{reason}"):
+        source.image(1)
+
+
+def test_all_ends_of_lines_and_other_spaces(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"a.png\rb.png\r\n\tonly a label\n \xe3\x80\x80 \n  # no\n c.png \t x\ty ")
+    source = open_source("list", tmp_path / "list.txt")
+    lines = [f"{tmp_path}/{name} (line {i} of {tmp_path}/list.txt)" for name, i in (("a.png", 1), ("b.png", 2))]
+    assert [source.describe(i) for i in range(2)] == lines
+    assert source.describe(2).endswith("/ (line 3 of " + f"{tmp_path}/list.txt)")
+    assert source.describe(3) == f"{tmp_path}/c.png (line 6 of {tmp_path}/list.txt)"
+    assert source.classes == ("only a label", "x\ty")
+    assert source.labels.tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("# nothing\n\n", "lists no images"),
         ("a.png\t-1\n", "'-1' is no class number"),
         ("a.png\t01\n", "'01' is no class number"),
+        ("a.png\t4000000000\n", "'4000000000' is no class number"),
     ],
 )
 def test_useless_lists(tmp_path, text, message):

@@ -139,6 +139,24 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     assert contents(open_source("folder", tmp_path / "root")) == [(0, 0), (1, 1), (0, 1)]
 
 
+def test_links_that_lead_nowhere(tmp_path):
+    write_images(tmp_path, "a/1.png")
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere")
+    (tmp_path / "a" / "self").symlink_to("self")
+    (tmp_path / "self").symlink_to("self")
+    source = open_source("folder", tmp_path)
+    assert (len(source), source.classes) == (2, ("a",))
+    with pytest.raises(ImageError, match=r"a/gone\.png: cannot be read: No such file"):
+        source.image(1)
+
+
+def test_the_order_is_by_name_folders_among_files(tmp_path):
+    write_images(tmp_path, "c.png", "b/z.png", "b/a.png", "a.png", "b.png")
+    source = open_source("folder", tmp_path)
+    wanted = ["a.png", "b/a.png", "b/z.png", "b.png", "c.png"]
+    assert [source.describe(i) for i in range(5)] == [f"{tmp_path}/{name}" for name in wanted]
+
+
 def test_names_that_are_not_unicode(tmp_path):
     write_images(tmp_path, "a/1.png")
     (tmp_path / "a" / "1.png").rename(tmp_path / "a" / os.fsdecode(b"\xff\xfe.png"))
