@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mae_et.data.decode import ImageError
+from mae_et.data.parents import when_parent_dies
+from mae_et.data.randomness import REPLACEMENT_STREAM, uniform_stream
 from mae_et.data.requests import SampleRequest
 from mae_et.data.sources import Source
+
+TRIES = 10  # images in a row; a folder that is gone looks like that, a folder with damaged images in it does not
+
+
+class DataError(RuntimeError):
+    """The data path failed, not an image: a worker died, was killed, or says nothing any more."""
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read: its index in the source, and what is wrong with it."""
+
+    image: int
+    error: str
 
 
 class Batch(NamedTuple):
@@ -22,17 +42,25 @@ class Batch(NamedTuple):
         images: uint8 [N, C, H, W].
         labels: int64 [N], -1 where there is none.
         seeds: int64 [N], the samples' seeds; masks are drawn from them on the device.
-        indices: int64 [N], image indices in the source.
+        indices: int64 [N], indices in the source of the images that were asked for.
+        bad: images that could not be read, once per attempt: those that were asked for, in whose place others are
+            shown, and those that were tried in their place.
     """
 
     images: Tensor
     labels: Tensor
     seeds: Tensor
     indices: Tensor
+    bad: tuple[BadImage, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the device gets."""
+        return self.images, self.labels, self.seeds, self.indices
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copies do not wait for each other or for the host."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), bad=self.bad)
 
 
 class RequestDataset(Dataset[Batch]):
@@ -42,19 +70,68 @@ class RequestDataset(Dataset[Batch]):
         source: images and labels by index.
         transform: (uint8 [C, H, W], request) to uint8 [C, h, w] of the requested size, or of the final size where
             the low-frequency crop is left to the device.
+        replace: show another image, with its own label, in place of one that cannot be read. Which one follows from
+            the request's seed, so that workers, ranks and interruptions change nothing. Otherwise ImageError is raised.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Tensor, SampleRequest], Tensor]):
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, transform: Callable[[Tensor, SampleRequest], Tensor], replace: bool = False):
+        self.source, self.transform, self.replace = source, transform, replace
 
     def __getitems__(self, requests: list[SampleRequest]) -> Batch:
-        images = [self.transform(self.source.image(request.image), request) for request in requests]
+        bad: list[BadImage] = []
+        images, labels = [], []
+        for request in requests:
+            image, shown = self._read(request, bad)
+            images.append(self.transform(image, request))
+            labels.append(self.source.label(shown))
         return Batch(
             images=torch.stack(images),
-            labels=torch.tensor([self.source.label(request.image) for request in requests]),
+            labels=torch.tensor(labels),
             seeds=torch.tensor([request.seed for request in requests]),
             indices=torch.tensor([request.image for request in requests]),
+            bad=tuple(bad),
         )
+
+    def _read(self, request: SampleRequest, bad: list[BadImage]) -> tuple[Tensor, int]:
+        """The request's image, or one in its place, uint8 [C, H, W], and which one it is; adds those that failed.
+
+        Raises:
+            ImageError: the image cannot be read; with replacement, so many in a row that more is wrong than an image.
+        """
+        failed: list[BadImage] = []
+        for candidate in self._candidates(request):
+            try:
+                image = self.source.image(candidate)
+            except ImageError as error:
+                if not self.replace:
+                    raise
+                failed.append(BadImage(candidate, str(error)))
+            else:
+                bad += failed
+                return image, candidate
+        raise ImageError(_all_failed(failed, len(self.source), self.source.name))
+
+    def _candidates(self, request: SampleRequest) -> Iterator[int]:
+        """The image that is asked for, then others drawn from the request's seed, none of them twice."""
+        yield request.image
+        count, tried = len(self.source), {request.image}
+        draws = uniform_stream(request.seed, REPLACEMENT_STREAM)
+        while len(tried) < min(TRIES, count):
+            drawn = int(next(draws) * count)
+            while drawn in tried:
+                drawn = (drawn + 1) % count
+            tried.add(drawn)
+            yield drawn
+
+
+def _all_failed(failed: Sequence[BadImage], images: int, name: str) -> str:
+    if images == 1:
+        return f"the only image of {name} cannot be read: {failed[0].error}; mend it, or check data.root"
+    what = f"{len(failed)} images in a row" if images > len(failed) else f"all {images} images"
+    return (
+        f"{what} of {name} could not be read, the first of them {failed[0].error}; is the disk or the network share "
+        "with the images still there? When it is back, the same command continues a run from its last checkpoint"
+    )
 
 
 def whole(batch: Any) -> Batch:
@@ -63,30 +140,48 @@ def whole(batch: Any) -> Batch:
 
 
 GRACE_SECONDS = 30
+DEATH_SECONDS = 2  # a dying worker's connections close first, and only then is it known how it died
+KILL_SECONDS = 5  # only a read that the system itself cannot interrupt outlives SIGKILL
 
 
 def outlive_signals(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which often reach all processes of a job, to the training process.
 
     A worker that died of them at once would take the run down before it has saved. After SIGTERM it serves on for
-    `GRACE_SECONDS`, so that nothing waits for it for ever.
+    `GRACE_SECONDS`, so that nothing waits for it for ever. It dies with its run, however that ends and whatever it is
+    stuck in; torch's own watch looks between two batches alone.
     """
+    when_parent_dies(signal.SIGKILL)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(GRACE_SECONDS))
 
 
 def build_loader(
-    dataset: RequestDataset, sampler: Sampler[list[SampleRequest]], workers: int, pin_memory: bool
+    dataset: RequestDataset,
+    sampler: Sampler[list[SampleRequest]],
+    workers: int,
+    pin_memory: bool,
+    timeout_seconds: float = 0,
 ) -> DataLoader[Batch]:
-    """A loader for the whole run: its workers live through all stages."""
+    """A loader for the whole run: its workers live through all stages.
+
+    Args:
+        dataset, sampler: what, and in which order.
+        workers: processes; 0 reads in this one.
+        pin_memory: for copies to a GPU that nothing waits for.
+        timeout_seconds: how long to wait for a batch before the workers count as stuck; 0 waits for ever, as does
+            reading without workers.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=whole,
         pin_memory=pin_memory,
+        timeout=timeout_seconds if workers else 0,
         worker_init_fn=outlive_signals,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
@@ -103,18 +198,93 @@ def batches_of(loader: DataLoader[Batch], times: Iterable[object] = (None,)) -> 
         loader: its sampler is asked at once, and some batches ahead of what is consumed.
         times: how often it is asked; the next time when all that it asked for before was consumed and one more
             batch is wanted.
+
+    Raises:
+        DataError: a worker died or says nothing. Torch tells of a death wherever the block is at that moment, by a
+            handler of SIGCHLD.
     """
-    iterator: Iterator[Batch] | None = None
+    iterator: Any = None
+
+    def fetched(fetch: Callable[[], Any]) -> Any:
+        try:
+            return fetch()
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a worker's own code raised comes with its traceback, and stays what it is.
+            if not loader.num_workers or "Original Traceback" in str(error):
+                raise
+            raise DataError(_lost_worker(error, loader, iterator)) from error
 
     def batches() -> Iterator[Batch]:
         nonlocal iterator
         for _ in times:
-            iterator = iter(loader)  # torch's own, which persistent workers make the same one every time
-            yield from iterator
+            # Torch's own iterator, which persistent workers make the same one every time.
+            iterator = fetched(partial(iter, loader))
+            while (batch := fetched(partial(next, iterator, None))) is not None:
+                yield batch
 
+    failed = True
     try:
         yield batches()
+        failed = False
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(_lost_worker(error, loader, iterator)) from error
     finally:
-        shut_down = getattr(iterator, "_shutdown_workers", None)  # what torch itself calls when an iterator dies
-        if shut_down is not None:
-            shut_down()
+        _end_workers(iterator, at_once=failed)
+
+
+def _lost_worker(error: BaseException, loader: DataLoader[Batch], iterator: Any) -> str:
+    """What became of the workers, and what to do, for people."""
+    workers: list[BaseProcess] = getattr(iterator, "_workers", [])
+    silent = "timed out" in str(error)
+    if workers and not silent:
+        ending = wait([worker.sentinel for worker in workers], DEATH_SECONDS)
+        for worker in workers:
+            if worker.sentinel in ending:
+                worker.join(DEATH_SECONDS)
+    dead = [worker for worker in workers if worker.exitcode is not None]
+    after = "; the same command then continues a run from its last checkpoint"
+    if silent and not dead:
+        return (
+            f"no data worker delivered a batch for {loader.timeout / 60:g} minutes: is the disk or the network share "
+            "with the images stuck? Where it is only slow, raise data.timeout_minutes" + after
+        )
+    if not dead:
+        return f"the data workers cannot be reached ({type(error).__name__}: {error}){after}"
+    code = dead[0].exitcode or 0
+    fate = f"was ended by signal {-code}" if code < 0 else f"ended by itself, with exit code {code}"
+    if code < 0:
+        fate += f" ({signal.strsignal(-code)})"
+    hint = {
+        -signal.SIGKILL: "the system does that when memory runs out: lower data.workers or optim.batch, or leave more "
+        "memory free",
+        -signal.SIGBUS: "shared memory has run out: enlarge /dev/shm (docker run --shm-size), or lower data.workers",
+    }.get(code, "data.workers=0 shows in which image it happens, if it is an image")
+    return f"data worker {dead[0].pid} {fate}; {hint}{after}"
+
+
+def _end_workers(iterator: Any, at_once: bool) -> None:
+    """Leave no worker behind.
+
+    Args:
+        iterator: torch's, None before the first batch was wanted.
+        at_once: ask none of them first: one that was killed may have held a lock that the others, or torch's own
+            orderly end, would wait for without end.
+    """
+    workers: list[BaseProcess] = getattr(iterator, "_workers", [])
+    if not workers:
+        return
+    if at_once:
+        if iterator._worker_pids_set:
+            _remove_worker_pids(id(iterator))  # their deaths are no news now
+        iterator._worker_pids_set, iterator._shutdown = False, True
+        if iterator._pin_memory:
+            iterator._pin_memory_thread_done_event.set()
+    else:
+        with suppress(RuntimeError):  # a worker that dies just now
+            iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join(KILL_SECONDS)

@@ -93,11 +93,11 @@ class ReplayBuffer:
             return
         count, accumulation = len(batch.images), self.sampler.accumulation
         if not self._rows:
-            self._rows = tuple(empty_block(self.capacity * accumulation, values) for values in batch)
+            self._rows = tuple(empty_block(self.capacity * accumulation, values) for values in batch.tensors)
             self._pinned = batch.images.is_pinned()
         assert micro == self.added % accumulation
         first = self.added % (self.capacity * accumulation) * count
-        for rows, values in zip(self._rows, batch):
+        for rows, values in zip(self._rows, batch.tensors):
             rows[first : first + count] = values
         self.added += 1
 
@@ -113,8 +113,9 @@ class ReplayBuffer:
         slots = [(newest - self.age(now, within)) % self.capacity for within in places]
         count = len(places)
         chosen = torch.tensor([(slot * sampler.accumulation + micro) * count + k for k, slot in enumerate(slots)])
-        batch = Batch(*(self._take(rows, chosen) for rows in self._rows))
-        return batch._replace(seeds=torch.tensor([sampler.seed_at(now, within) for within in places]))
+        images, labels, _, indices = (self._take(rows, chosen) for rows in self._rows)
+        seeds = torch.tensor([sampler.seed_at(now, within) for within in places])
+        return Batch(images, labels, seeds, indices)  # what could not be read was told when it was fresh
 
     def age(self, now: StepPlan, within: int) -> int:
         """How many fresh batches ago the sample came that a place replays: 0 is the last one, uniform over the held.

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.stage import format_size
+from mae_et.data.decode import ImageError
+from mae_et.data.loader import TRIES
 from mae_et.data.randomness import sample_seed
 from mae_et.data.requests import SampleRequest
 from mae_et.data.sources import Source
 from mae_et.data.transforms import CropTransform
+from mae_et.engine.bad_images import printable
 from mae_et.engine.loop import Observation
 from mae_et.engine.precision import Precision
 from mae_et.engine.tasks import Prepare
@@ -21,10 +24,11 @@ from mae_et.models.mae import MAEOutput, MaskedAutoencoder
 from mae_et.models.masking import mask_noise
 from mae_et.ops.patches import patchify, unpatchify
 from mae_et.tracking.panels import HogSample, PixelSample, hog_cells, pixel_panel, stage_panel
+from mae_et.tracking.tracker import warn
 
 
 class PictureObserver:
-    """Draws the same images at the end of each stage, as that stage sees them.
+    """Draws the same images at the end of each stage, as that stage sees them; of unreadable ones, the next.
 
     Args:
         model, precision: in training.
@@ -57,21 +61,35 @@ class PictureObserver:
         """Draw the stage that has just ended."""
         stage = plan.at(done - 1).stage
         path = self.folder / f"stage-{stage.index + 1}-B{format_size(stage.bandwidth)}.png"
-        self.draw(stage, path)
+        samples = [sample for index in self.indices if (sample := self.readable(index)) is not None]
+        if not samples:
+            warn(f"{path} is left out: none of the images that it would show can be read")
+            return Observation()
+        self.draw(stage, path, samples)
         return Observation(pictures={f"pictures/{path.stem}": path})
 
+    def readable(self, index: int) -> tuple[int, Tensor] | None:
+        """An image by its index, uint8 [C, H, W], or the next one that can be read; None where several cannot."""
+        for candidate in range(index, index + TRIES):
+            candidate %= len(self.source)
+            try:
+                return candidate, self.source.image(candidate)
+            except (ImageError, OSError):  # training meets it as well, counts it, and knows what to do
+                continue
+        return None
+
     @torch.no_grad()
-    def draw(self, stage: PlannedStage, path: Path) -> None:
-        """Write the panel of one stage."""
+    def draw(self, stage: PlannedStage, path: Path, samples: list[tuple[int, Tensor]]) -> None:
+        """Write the panel of one stage, of images by their indices."""
         model, device = self.model, self.model.mean.device
         # The same seeds at every stage: the same crops, at another bandwidth.
-        requests = [SampleRequest(index, stage.bandwidth, 0.0, sample_seed(self.seed, index)) for index in self.indices]
-        images = torch.stack([self.transform(self.source.image(r.image), r) for r in requests]).to(device)
-        images = self.prepare(images, stage.bandwidth)
+        requests = [SampleRequest(index, stage.bandwidth, 0.0, sample_seed(self.seed, index)) for index, _ in samples]
+        views = [self.transform(image, request) for request, (_, image) in zip(requests, samples)]
+        images = self.prepare(torch.stack(views).to(device), stage.bandwidth)
         seeds = torch.tensor([request.seed for request in requests], device=device)
         with self.precision.autocast():
             output = model(images, mask_noise(seeds, stage.visible + stage.masked), stage.visible)
-        names = [self.source.describe(index) for index in self.indices]
+        names = [printable(self.source.describe(index)) for index, _ in samples]
         title = f"{stage.name}, {stage.visible} of {stage.visible + stage.masked} patches visible"
         if model.target == "hog":
             stage_panel(path, hog_samples(model, images, output, stage.grid, names), title)

@@ -48,7 +48,7 @@ def stream(plan: Plan, first_step=0, rank=0, ranks=1, accumulation=1, repeats=1)
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
     pairs = zip(one, other, strict=True)
-    return all(torch.equal(a, b) for mine, yours in pairs for a, b in zip(mine, yours))
+    return all(torch.equal(a, b) for mine, yours in pairs for a, b in zip(mine.tensors, yours.tensors))
 
 
 def origins(batch: Batch) -> list[int]:
@@ -104,7 +104,8 @@ def test_ranks_and_micro_batches_replay_what_one_process_replays(ranks, accumula
     shares = [stream(plan, 0, rank, ranks, accumulation, repeats) for rank in range(ranks)]
     for step, batch in enumerate(whole):
         parts = [shares[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(ranks)]
-        assert same([Batch(*(torch.cat(values) for values in zip(*parts)))], [batch])
+        images, labels, seeds, indices = map(torch.cat, zip(*(part.tensors for part in parts)))
+        assert same([Batch(images, labels, seeds, indices)], [batch])
 
 
 @settings(deadline=None, max_examples=60)

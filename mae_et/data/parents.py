@@ -1,0 +1,17 @@
+"""Processes that do not outlive the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def when_parent_dies(number: int) -> None:
+    """Have the system send this process a signal when the one that started it dies, however that ends.
+
+    Linux alone has such a thing; elsewhere nothing happens. The setting is not inherited.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
