@@ -67,10 +67,11 @@ class Reconstruction:
 
 
 class MixedImages(NamedTuple):
-    """Images in [0, 1], and targets [N, classes] that sum to 1."""
+    """Images in [0, 1], targets [N, classes] that sum to 1, and the seeds int64 [N] of their places in the batch."""
 
     images: Tensor
     targets: Tensor
+    seeds: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,14 @@ class Classification:
     smoothing: float = 0.0
 
     def prepare(self, batch: Batch, now: StepPlan, device: torch.device) -> MixedImages:
-        """Images at B, mixed with their neighbours; and seeds the network's own randomness (drop path, dropout)."""
-        # Of the micro-batch's first sample, so that it is another one for every step, rank and micro-batch, and the
-        # same one for a step that a resumed run repeats. It lies on the host still.
+        """Images at B, mixed with their neighbours.
+
+        All is a function of the step and the samples' seeds but for plain dropout, which few networks of timm have
+        unless `model.arguments` ask for it: torch's generator draws that for a micro-batch as a whole. It is seeded
+        here, so that a resumed run repeats it to the bit; other ranks or another accumulation drop other units.
+        """
+        # Of the micro-batch's first sample, so that it is another one for every step, rank and micro-batch. It lies
+        # on the host still.
         torch.manual_seed(int(batch.seeds[0]))
         batch = batch.to(device)
         images = filtered(self.downsample(batch.images, now.bandwidth), now)
@@ -106,13 +112,15 @@ class Classification:
         if self.mixup or self.cutmix:
             size = (images.shape[2], images.shape[3])
             draw = draw_mix(self.seed, now.step, size, self.mixup, self.cutmix, self.probability, self.switch)
-            return MixedImages(*mix(images, batch.labels, self.classes, draw, self.smoothing))
-        return MixedImages(images, smooth_targets(batch.labels, self.classes, self.smoothing))
+            images, targets = mix(images, batch.labels, self.classes, draw, self.smoothing)
+        else:
+            targets = smooth_targets(batch.labels, self.classes, self.smoothing)
+        return MixedImages(images, targets, batch.seeds)
 
     def loss(self, network: nn.Module, inputs: MixedImages, now: StepPlan) -> Tensor:
         """Cross-entropy of fp32 logits."""
-        return F.cross_entropy(network(inputs.images).float(), inputs.targets)
+        return F.cross_entropy(network(inputs.images, inputs.seeds).float(), inputs.targets)
 
     def losses(self, network: nn.Module, inputs: MixedImages, now: StepPlan) -> Tensor:
         """The same by image, float32 [N]."""
-        return F.cross_entropy(network(inputs.images).float(), inputs.targets, reduction="none")
+        return F.cross_entropy(network(inputs.images, inputs.seeds).float(), inputs.targets, reduction="none")

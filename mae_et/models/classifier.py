@@ -8,6 +8,8 @@ import torch
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from mae_et.models.drop_path import SampleDraws
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -33,7 +35,8 @@ class Classifier(nn.Module):
     Its state dict is the network's with `net.` before every name.
 
     Args:
-        net: of normalised float [N, C, H, W], to logits or features.
+        net: of normalised float [N, C, H, W], to logits or features; its drop paths henceforth follow the samples'
+            seeds (see `SampleDraws`).
         mean, std: per channel, for pixels in [0, 1].
     """
 
@@ -43,6 +46,7 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.net = net
+        self.draws = SampleDraws(net)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -51,9 +55,19 @@ class Classifier(nn.Module):
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         return (pixels - self.mean) / self.std
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The network's output for uint8 or [0, 1] images [N, C, H, W]."""
-        return self.net(self.normalise(images))
+    def forward(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """The network's output for uint8 or [0, 1] images [N, C, H, W].
+
+        Args:
+            images: any number of them.
+            seeds: int64 [N], of the samples, from which drop path is drawn; without them, as in evaluation mode,
+                nothing is dropped. Where activations are computed again in the backward pass, make it before the next
+                forward pass, whose draws take the place of these.
+        """
+        self.draws.hand_out(seeds if self.training else None)
+        output = self.net(self.normalise(images))
+        self.draws.rewind()
+        return output
 
 
 def head_name(net: nn.Module) -> str:

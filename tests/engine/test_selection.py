@@ -15,6 +15,7 @@ from mae_et.data.loader import Batch
 from mae_et.data.selection import PassSampler
 from mae_et.engine.selection import SelectedTask, Selection, choose_selection, selected
 from mae_et.engine.tasks import Classification, Reconstruction
+from mae_et.models.classifier import Classifier
 from mae_et.models.mae import MaskedAutoencoder
 
 CPU = torch.device("cpu")
@@ -57,7 +58,8 @@ def setting(request):
         }
         return Reconstruction(as_is), MaskedAutoencoder((8, 8), 2, **sizes, target="pixel")
     mixing = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1} if request.param == "mixed" else {}
-    return Classification(5, as_is, seed=3, **mixing), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    network = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), (0.0,) * 3, (1.0,) * 3)
+    return Classification(5, as_is, seed=3, **mixing), network
 
 
 def reference_losses(task, network, inputs, now):

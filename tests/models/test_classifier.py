@@ -67,6 +67,25 @@ def test_pixels_are_normalised_inside():
     assert not model.state_dict()
 
 
+def test_seeds_decide_what_is_dropped_and_only_in_training():
+    torch.manual_seed(0)
+    net = build_vit(ViTShape((16, 16), 8, 3, width=16, depth=4, heads=2), classes=5, drop_path=0.7)
+    names = list(net.state_dict())
+    images, seeds = torch.rand(8, 3, 16, 16), torch.arange(8)
+    plain = net.eval()((images - 0.5) / 0.25)
+    model = Classifier(net, (0.5,) * 3, (0.25,) * 3)
+    assert list(model.state_dict()) == [f"net.{name}" for name in names]
+    assert torch.equal(model.eval()(images), plain)
+    assert torch.equal(model(images, seeds), plain)
+    dropped = model.train()(images, seeds)
+    assert not torch.equal(dropped, plain)
+    state = torch.get_rng_state()
+    assert not torch.equal(model(images, seeds + 8), dropped)
+    assert torch.equal(model(images, seeds), dropped)
+    assert torch.equal(model(images), plain)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_statistics():
     assert pixel_statistics(3)[0] == (0.485, 0.456, 0.406)
     assert pixel_statistics(1) == ((0.5,), (0.25,))
