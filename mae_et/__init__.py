@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mae_et import _timm as _timm  # before anything imports timm
+
 if TYPE_CHECKING:
     from mae_et.curriculum import Curriculum, LearningRate, Plan, Stage
     from mae_et.models.mae import MaskedAutoencoder

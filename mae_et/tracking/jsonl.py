@@ -31,7 +31,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         os.ftruncate(self._descriptor, _whole_lines_size(self.path))
 
     def log(self, metrics: Mapping[str, float | int | str], step: int) -> None:
@@ -98,7 +98,7 @@ def truncate_metrics(path: Path | str, step: int) -> int:
         return 0
     kept, dropped = [], 0
     for number, line, row in _numbered_rows(path):
-        if "step" not in row:
+        if not isinstance(row.get("step"), int | float):
             raise ValueError(f'{path}, line {number} has no "step": {line[:80]!r}; remove that line')
         if row["step"] <= step:
             kept.append(line)
@@ -116,7 +116,7 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                 return
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}): {line[:80]!r}. A killed run tears the last line "
                     "only, so this file was damaged otherwise; repair or remove that line"
@@ -148,7 +148,8 @@ def _whole_lines_size(path: Path) -> int:
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:  # never through a link that waits there
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
