@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mae_et.config import FinetuneConfig, load_config
-from mae_et.finetuning import finetune
-from mae_et.running import EXPECTED_ERRORS, exit_with
+from mae_et.engine.signals import follow_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--eval", action="store_true", help="examine the run's last checkpoint, and train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. checkpoint=runs/x data=cifar100")
     options = parser.parse_args(arguments)
+
+    follow_launcher()  # before these imports, which take seconds
+    from mae_et.config import FinetuneConfig, load_config
+    from mae_et.finetuning import finetune
+    from mae_et.running import EXPECTED_ERRORS, exit_with
+
     try:
         config = load_config(options.config, options.overrides, FinetuneConfig)
         return finetune(config, options.resume, only_evaluate=options.eval)

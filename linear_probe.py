@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mae_et.config import ProbeConfig, load_config
-from mae_et.probing import probe
-from mae_et.running import EXPECTED_ERRORS, exit_with
+from mae_et.engine.signals import follow_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. checkpoint=runs/x data=cifar100")
     options = parser.parse_args(arguments)
+
+    follow_launcher()  # before these imports, which take seconds
+    from mae_et.config import ProbeConfig, load_config
+    from mae_et.probing import probe
+    from mae_et.running import EXPECTED_ERRORS, exit_with
+
     try:
         return probe(load_config(options.config, options.overrides, ProbeConfig), options.resume)
     except EXPECTED_ERRORS as error:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mae_et.config import load_config
-from mae_et.pretraining import pretrain
-from mae_et.running import EXPECTED_ERRORS, exit_with
+from mae_et.engine.signals import follow_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data optim.batch=1024")
     options = parser.parse_args(arguments)
+
+    follow_launcher()  # before these imports, which take seconds
+    from mae_et.config import load_config
+    from mae_et.pretraining import pretrain
+    from mae_et.running import EXPECTED_ERRORS, exit_with
+
     try:
         return pretrain(load_config(options.config, options.overrides), options.resume)
     except EXPECTED_ERRORS as error:

@@ -48,7 +48,7 @@ def labelled_plan(config: FinetuneConfig, frozen: bool = False, calibration: Cal
     from mae_et.labelled import open_labelled
     from mae_et.labelled_plan import build_plan
 
-    backbone = settle_start(config, None, False).backbone
+    backbone = settle_start(config).backbone
     data, ranks = config.data, 1 if calibration is None else calibration.processes
     if data.images is None or data.classes is None:
         try:

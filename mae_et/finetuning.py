@@ -13,12 +13,14 @@ from torch import nn
 
 from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, FinetuneConfig
+from mae_et.config.kept import read_kept
 from mae_et.curriculum.calibration import Calibration
 from mae_et.curriculum.time_table import time_table
 from mae_et.data.augment import TrainTransform
 from mae_et.data.loader import RequestDataset
-from mae_et.engine.distributed import Ranks, replicate
+from mae_et.engine.distributed import Ranks, on_main
 from mae_et.engine.optim import OptimizerSettings, build_optimizer, supervised_groups
+from mae_et.engine.parallel import parallelise, shard, whole_copy
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder
 from mae_et.engine.selection import choose_selection, selected
@@ -62,16 +64,40 @@ class Start:
     parent: Origin | None
 
 
-def settle_start(config: FinetuneConfig, folder: RunFolder | None, resuming: bool) -> Start:
-    """The network and its first weights; a run that continues no longer needs the checkpoint that it began with.
+def kept_start(folder: RunFolder, ranks: Ranks) -> Start | None:
+    """What a run that continues began with: it no longer needs the checkpoint. None where its folder does not say.
+
+    Raises:
+        ConfigError: the files that say so are damaged.
+    """
+
+    def read() -> tuple[str | None, str | None]:
+        backbone, lineage = folder.path / BACKBONE_FILE, folder.path / LINEAGE_FILE
+        return (
+            read_kept(backbone, str) if backbone.exists() else None,
+            read_kept(lineage, str) if lineage.exists() else None,
+        )
+
+    backbone, lineage = on_main(ranks, read)
+    if backbone is None:
+        return None
+    try:
+        return Start(Backbone.from_json(backbone), None, None if lineage is None else Origin.from_json(lineage))
+    except ValueError as error:
+        raise ConfigError(
+            f"{BACKBONE_FILE} or {LINEAGE_FILE} in {folder.path} is damaged ({error}): put back the ones that the run "
+            "wrote"
+        ) from None
+
+
+def settle_start(config: FinetuneConfig, kept: Start | None = None) -> Start:
+    """The network and its first weights; those of a run that continues are `kept`.
 
     Raises:
         ConfigError, WeightsError: nothing says which network, or the checkpoint cannot be used.
     """
-    if resuming and folder is not None and (folder.path / BACKBONE_FILE).exists():
-        backbone = Backbone.from_json((folder.path / BACKBONE_FILE).read_text())
-        lineage = folder.path / LINEAGE_FILE
-        return Start(backbone, None, Origin(**json.loads(lineage.read_text())) if lineage.exists() else None)
+    if kept is not None:
+        return kept
     weights = None if config.checkpoint is None else open_weights(config.checkpoint, config.model.heads)
     backbone = choose_backbone(config.model, config.data, weights)
     return Start(backbone, weights, None if weights is None else weights.origin)
@@ -154,16 +180,29 @@ def build_state(config: FinetuneConfig, model: Classifier, ranks: Ranks) -> Trai
     precision = Precision.choose(config.engine.precision, ranks.device)
     choose_attention(model, precision)
     settings = OptimizerSettings(optim.name, optim.weight_decay, (optim.betas[0], optim.betas[1]), optim.momentum)
+    layout = config.engine.parallel
+    twin = whole_copy(model, ranks, layout)
+    average = None if optim.ema is None else running_average(model, optim.ema, ranks, layout)
+    network = parallelise(model, ranks, layout)
     groups = supervised_groups(model.net, optim.weight_decay, optim.layer_decay)
     return TrainState(
         model=model,
-        network=replicate(model, ranks),
+        network=network,
+        twin=twin,
         optimizer=build_optimizer(groups, settings),
         precision=precision,
         device=ranks.device,
         scaler=precision.scaler(),
-        average=None if optim.ema is None else ModelEmaV3(model, decay=optim.ema),
+        average=average,
     )
+
+
+def running_average(model: Classifier, decay: float, ranks: Ranks, layout: str) -> ModelEmaV3:
+    """An average of the model's weights, laid out over ranks as the model is about to be."""
+    average = ModelEmaV3(model, decay=decay, foreach=layout == "ddp")  # torch.lerp_ of lists takes no mixed layouts
+    if layout == "fsdp" and ranks.count > 1:
+        shard(average.module, ranks)
+    return average
 
 
 def build_task(config: FinetuneConfig, classes: int) -> Classification:
@@ -207,7 +246,7 @@ def finetune(
     given = images
 
     def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
-        start = settle_start(config, folder, resuming)
+        start = settle_start(config, kept_start(folder, ranks) if resuming else None)
         with main_first(ranks):
             images = open_labelled(config.data, start.backbone.channels) if given is None else given
         quiet = say if ranks.is_main else lambda _line: None
@@ -228,7 +267,7 @@ def rehearse(
         backbone, images: its network and images; None opens them.
         ranks: of the run.
     """
-    backbone = backbone or settle_start(config, None, False).backbone
+    backbone = backbone or settle_start(config).backbone
     if images is None:
         with main_first(ranks):
             images = open_labelled(config.data, backbone.channels)
@@ -238,7 +277,7 @@ def rehearse(
     return Assembly(
         title=f"{backbone.name} on {images.train.name}",
         plan=build_plan(trial, backbone, len(images.train), classes, ranks.count),
-        dataset=RequestDataset(images.train, build_transform(config, backbone)),
+        dataset=RequestDataset(images.train, build_transform(config, backbone), replace=True),
         task=build_task(config, classes),
         state=build_state(config, build_model(trial, Start(backbone, None, None), classes), ranks),
         observers=[],
@@ -261,7 +300,7 @@ def assemble_labelled(
     plan = build_plan(config, backbone, len(images.train), classes, ranks.count, calibration=calibration)
     if calibration is not None:
         say(time_table(plan, calibration))
-    dataset = RequestDataset(images.train, build_transform(config, backbone))
+    dataset = RequestDataset(images.train, build_transform(config, backbone), replace=True)
     model = build_model(config, start, classes, say, plan.epochs)
     state = build_state(config, model, ranks)
     drop_last, repeats = config.curriculum.drop_last, config.data.repeats

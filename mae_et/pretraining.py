@@ -12,9 +12,10 @@ from mae_et.curriculum.time_table import time_table
 from mae_et.data.loader import RequestDataset
 from mae_et.data.sources import Source
 from mae_et.data.transforms import CropTransform
-from mae_et.engine.distributed import Ranks, replicate
+from mae_et.engine.distributed import Ranks
 from mae_et.engine.loop import Observer
 from mae_et.engine.optim import adam_settings, build_optimizer, decay_groups
+from mae_et.engine.parallel import parallelise, whole_copy
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder
 from mae_et.engine.selection import choose_selection, selected
@@ -106,10 +107,13 @@ def build_state(config: PretrainConfig, ranks: Ranks) -> TrainState:
             block.compile(dynamic=True)
     precision = Precision.choose(config.engine.precision, ranks.device)
     choose_attention(model, precision)
+    twin = whole_copy(model, ranks, config.engine.parallel)
+    network = parallelise(model, ranks, config.engine.parallel)
     groups = decay_groups(model, config.optim.weight_decay)
     return TrainState(
         model=model,
-        network=replicate(model, ranks),
+        network=network,
+        twin=twin,
         optimizer=build_optimizer(groups, adam_settings(config.optim.weight_decay, config.optim.betas)),
         precision=precision,
         device=ranks.device,
@@ -122,7 +126,7 @@ def build_observers(
 ) -> list[Observer]:
     """Pictures at the end of stages, and scores if they are asked for."""
     observers: list[Observer] = []
-    model = state.model
+    model = state.evaluated
     assert isinstance(model, MaskedAutoencoder)
     if config.tracking.pictures:
         transform, prepare = build_transform(config), downsample_on_device(config.data.downsample)
@@ -152,7 +156,7 @@ def rehearse(config: PretrainConfig, source: Source | None, ranks: Ranks) -> Ass
     return Assembly(
         title=f"{config.model.name}, target {config.target.kind}, on {source.name}",
         plan=build_plan(trial_config(config), len(source), ranks.count),
-        dataset=RequestDataset(source, build_transform(config)),
+        dataset=RequestDataset(source, build_transform(config), replace=True),
         task=Reconstruction(downsample_on_device(config.data.downsample)),
         state=build_state(config, ranks),
         observers=[],
@@ -180,7 +184,7 @@ def pretrain(
         plan = build_plan(config, len(source), ranks.count, calibration)
         if calibration is not None:
             quiet(time_table(plan, calibration))
-        dataset = RequestDataset(source, build_transform(config))
+        dataset = RequestDataset(source, build_transform(config), replace=True)
         state = build_state(config, ranks)
         drop_last = config.curriculum.drop_last
         state.selection = choose_selection(config.selection, plan, config.seed, drop_last=drop_last)

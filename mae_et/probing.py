@@ -42,6 +42,7 @@ from mae_et.finetuning import (
     build_transform,
     compile_blocks,
     examination,
+    kept_start,
     records,
     settle_start,
     watch,
@@ -100,7 +101,7 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
     settings = as_finetuning(config)
 
     def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
-        start = settle_start(settings, folder, resuming)
+        start = settle_start(settings, kept_start(folder, ranks) if resuming else None)
         with main_first(ranks):
             images = open_labelled(config.data, start.backbone.channels)
         classes = len(images.classes)
@@ -112,7 +113,7 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
         return Assembly(
             title=f"linear probe of {start.backbone.name}, {config.model.pooling} pooling; {images.describe()}",
             plan=plan,
-            dataset=RequestDataset(images.train, build_transform(settings, start.backbone)),
+            dataset=RequestDataset(images.train, build_transform(settings, start.backbone), replace=True),
             task=build_task(settings, classes),
             state=state,
             observers=watch(state, images, how, ranks, config.evaluation.every),

@@ -10,42 +10,43 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
-from mae_et.config import ConfigError, ProtocolConfig, RunConfig, differences, dump_config, load_config
+from mae_et.config import ConfigError, ProtocolConfig, RunConfig, dump_config
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.table import plan_table
 from mae_et.data.decode import ImageError
-from mae_et.data.loader import RequestDataset, batches_of, build_loader
+from mae_et.data.loader import DataError, RequestDataset, batches_of, build_loader
 from mae_et.data.replay import replayed
 from mae_et.data.sampler import PlanSampler
 from mae_et.data.selection import PassSampler
 from mae_et.data.sources import Source, open_source
-from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from mae_et.engine.distributed import Ranks, from_main, join_ranks, leave_ranks
-from mae_et.engine.loop import LoopConfig, Observer, TrainingError, train
+from mae_et.engine.bad_images import BadImages, BadImagesError
+from mae_et.engine.checkpoint import Checkpoint, CheckpointError
+from mae_et.engine.distributed import Ranks, join_ranks, leave_ranks, on_main, told_by_main
+from mae_et.engine.faults import NonFinite, TrainingError
+from mae_et.engine.loop import LoopConfig, Observer, train
 from mae_et.engine.memory import keep_freed_memory
 from mae_et.engine.run_folder import RunFolder, RunFolderError, write_text_atomic
+from mae_et.engine.signals import requeue, slurm_job
 from mae_et.engine.state import TrainState
+from mae_et.engine.status import StatusFile
 from mae_et.engine.tasks import Prepare, Task
 from mae_et.exchange.weights import Origin, WeightsError
 from mae_et.ops.lowfreq import Phase, low_frequency_crop
 from mae_et.recording import open_trackers
-from mae_et.tracking import MultiTracker, truncate_metrics
-from mae_et.tracking.tracker import Tracker
+from mae_et.resuming import check_same_run, find_checkpoint, restore, save_state
+from mae_et.tracking import MultiTracker, read_metrics, truncate_metrics
+from mae_et.tracking.tracker import Tracker, warn
 
 # Errors that a person can act on: their message is enough.
-EXPECTED_ERRORS = (ConfigError, RunFolderError, CheckpointError, WeightsError, TrainingError, ImageError, OSError)
-
-# What may differ between the starts of one run: where and how it runs, not what it learns.
-FREE_KEYS = (
-    *("run", "data.root", "data.images", "data.classes", "data.download", "data.workers", "data.max_pixels"),
-    *("engine.", "saving.", "tracking.", "evaluation.", "calibration."),
+EXPECTED_ERRORS = (
+    *(ConfigError, RunFolderError, CheckpointError, WeightsError, TrainingError, ImageError, BadImagesError, DataError),
+    OSError,
 )
 
 Say = Callable[[str], None]
@@ -109,15 +110,17 @@ def execute(
         Exit code: 0 when the plan is complete, 128 + signal when a signal ended the run (it is saved then).
 
     Raises:
-        ConfigError, RunFolderError, CheckpointError, WeightsError, TrainingError: see there.
+        ConfigError, RunFolderError, CheckpointError, WeightsError, TrainingError, BadImagesError, DataError: see there.
     """
     prepare_device(config)
-    ranks = join_ranks(config.engine.device)
+    ranks = join_ranks(config.engine.device, config.engine.timeout_minutes)
     run = _conclude if only_conclude else partial(_execute, until=until)
+    held: list[RunFolder] = []
     try:
-        if not ranks.is_main:
-            return run(config, assemble, resume, ranks, RunFolder(config.run), lambda _line: None)
-        with RunFolder(config.run) as folder:
+        on_main(ranks, lambda: held.append(RunFolder(config.run).acquire()))
+        if not held:
+            return run(config, assemble, resume, ranks, RunFolder(config.run, writes=False), lambda _line: None)
+        with held[0] as folder:
             return run(config, assemble, resume, ranks, folder, say)
     finally:
         leave_ranks()
@@ -130,42 +133,92 @@ def _execute(
     checkpoint = find_checkpoint(folder, resume, ranks)
     assembly = assemble(folder, ranks, checkpoint is not None)
     plan, state = assembly.plan, assembly.state
+    state.bad_images = bad_images(config, folder, assembly, ranks)
     if checkpoint is not None:
-        check_same_run(folder, config, plan)
+        check_same_run(folder, config, plan, ranks)
         restore(state, checkpoint)
     workers = choose_workers(config, ranks)
     announce(assembly, folder, ranks, workers, checkpoint, say)
 
-    accumulation = assembly.loop.accumulation
+    status = StatusFile(folder.status_path, None if checkpoint is None else state.step, ranks.is_main)
+    status.update()
+    tracker = open_records(config, folder, assembly) if ranks.is_main else MultiTracker([])
+    exit_code = 1
+    try:
+        ended = _train(config, assembly, folder, ranks, workers, tracker, status, until)
+        exit_code = 0 if ended is None else 128 + ended
+        over = state.step == plan.total_steps or assembly.loop.time_is_up(state)
+        if ended is None and over:
+            state.refresh()
+            assembly.conclude(tracker, say, False)
+    except Exception as error:
+        status.update(state="failed", reason=str(error))
+        raise
+    finally:
+        tracker.finish(exit_code)
+    if ended is not None:
+        _say_interrupted(config, ranks, state, ended, status, say)
+    else:
+        ending = "complete" if state.step == plan.total_steps else "time is up" if over else "stopped"
+        status.update(state=ending)
+        at = f" at u = {until:g}" if ending == "stopped" else ""
+        say(
+            f"{ending}{at}: {state.step:,} of {plan.total_steps:,} steps in {state.seconds / 60:.1f} min; everything "
+            f"is in {folder.path}"
+        )
+    return exit_code
+
+
+def _train(
+    config: Any,
+    assembly: Assembly,
+    folder: RunFolder,
+    ranks: Ranks,
+    workers: int,
+    tracker: Tracker,
+    status: StatusFile,
+    until: float,
+) -> int | None:
+    """The loop on the run's data path; see `train` for what it returns."""
+    plan, state, dataset, accumulation = assembly.plan, assembly.state, assembly.dataset, assembly.loop.accumulation
     share = (ranks.rank, ranks.count, accumulation)
     if state.selection is None:
         sampler, passes = PlanSampler(plan, config.seed, state.step, *share, assembly.repeats), (None,)
     else:
         sampler = PassSampler(state.selection.passes, *share)
         passes = state.selection.passes_from(state.step, sampler)
-    loader = build_loader(assembly.dataset, sampler, workers, pin_memory=ranks.device.type == "cuda")
-    save = partial(save_state, state, folder, config.saving.keep, ranks)
-    tracker = open_records(config, folder, assembly) if ranks.is_main else MultiTracker([])
-    exit_code = 1
-    try:
-        with batches_of(loader, passes) as fresh:
-            batches = replayed(fresh, sampler)
-            ended = train(state, plan, batches, assembly.task, assembly.loop, tracker, save, assembly.observers, until)
-        exit_code = 0 if ended is None else 128 + ended
-        over = state.step == plan.total_steps or assembly.loop.time_is_up(state)
-        if ended is None and over:
-            assembly.conclude(tracker, say, False)
-    finally:
-        tracker.finish(exit_code)
-    if exit_code:
-        say(f"{signal.Signals(exit_code - 128).name}: saved at step {state.step:,}; the same command continues the run")
-    else:
-        ending = "complete" if state.step == plan.total_steps else "time is up" if over else f"stopped at u = {until:g}"
-        say(
-            f"{ending}: {state.step:,} of {plan.total_steps:,} steps in {state.seconds / 60:.1f} min; everything is in "
-            f"{folder.path}"
+    pinned, silence = ranks.device.type == "cuda", 60 * config.data.timeout_minutes
+    loader = build_loader(dataset, sampler, workers, pinned, silence)
+    save = partial(save_state, state, folder, config.saving.keep, ranks, status)
+    non_finite = NonFinite(config.engine.max_skipped, folder.non_finite_path, dataset.source.describe, ranks)
+    with batches_of(loader, passes) as fresh:
+        batches = replayed(fresh, sampler)
+        return train(
+            state, plan, batches, assembly.task, assembly.loop, tracker, save, non_finite, assembly.observers, until
         )
-    return exit_code
+
+
+def bad_images(config: Any, folder: RunFolder, assembly: Assembly, ranks: Ranks) -> BadImages:
+    """The ledger of images that cannot be read, beside the run's metrics."""
+    source = assembly.dataset.source
+    return BadImages(folder.bad_images_path, source.describe, len(source), config.data.max_bad, ranks.is_main)
+
+
+def _say_interrupted(
+    config: RunConfig, ranks: Ranks, state: TrainState, ended: int, status: StatusFile, say: Say
+) -> None:
+    """Report a run that a signal ended, and have SLURM start it again where that signal means that time is short."""
+    name, job = signal.Signals(ended).name, slurm_job()
+    status.update(state="interrupted", reason=name)
+    say(f"{name}: saved at step {state.step:,}; the same command continues the run")
+    if ended != signal.SIGUSR1 or job is None or not config.engine.requeue:
+        return
+    problem = on_main(ranks, partial(requeue, job))  # the others wait: a rank that leaves may end the job
+    if problem is None:
+        status.update(requeued=True)
+        say(f"SLURM starts job {job} again")
+    elif ranks.is_main:
+        warn(f"SLURM was asked to start job {job} again, and did not: {problem}")
 
 
 def _conclude(config: RunConfig, assemble: Assemble, resume: str, ranks: Ranks, folder: RunFolder, say: Say) -> int:
@@ -174,8 +227,9 @@ def _conclude(config: RunConfig, assemble: Assemble, resume: str, ranks: Ranks, 
     if checkpoint is None:
         raise ConfigError(f"{folder.path} holds no checkpoint to evaluate; set run=... to the folder of a run")
     assembly = assemble(folder, ranks, True)
-    check_same_run(folder, config, assembly.plan)
+    check_same_run(folder, config, assembly.plan, ranks)
     restore(assembly.state, checkpoint)
+    assembly.state.refresh()
     say(f"{checkpoint.path}: step {assembly.state.step:,} of {assembly.plan.total_steps:,}")
     assembly.conclude(MultiTracker([]), say, True)
     return 0
@@ -201,12 +255,25 @@ def choose_workers(config: Any, ranks: Ranks) -> int:
 
 @contextmanager
 def main_first(ranks: Ranks) -> Iterator[None]:
-    """The block on the main rank, then on the others: they find what it has downloaded."""
+    """The block on the main rank, then on the others: they find what it has downloaded, or raise what it raised."""
     if not ranks.is_main:
-        from_main(None)
-    yield
-    if ranks.is_main:
-        from_main(None)
+        on_main(ranks, _succeed)
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        on_main(ranks, partial(_fail, error))
+    else:
+        on_main(ranks, _succeed)
+
+
+def _succeed() -> None:
+    pass
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 def open_images(section: str, kind: str, root: str | None, split: str, data: Any, channels: int) -> Source:
@@ -234,78 +301,17 @@ def downsample_on_device(method: str) -> Prepare:
     return crop
 
 
-def find_checkpoint(folder: RunFolder, resume: str, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint to continue from, the same on all ranks; None begins anew.
-
-    Raises:
-        ConfigError: the folder already holds a run and `resume` does not continue it.
-        CheckpointError: there are checkpoints, and none is whole.
-    """
-    found = latest_checkpoint(folder.checkpoints) if ranks.is_main else None
-    newest = from_main(None if found is None else str(found.path))
-    wanted = newest if resume == "auto" else None if resume == "never" else resume
-    if newest is not None and (wanted is None or Path(wanted).resolve() != Path(newest).resolve()):
-        # To go back within a folder would leave later checkpoints behind, from which a crash would resume.
-        raise ConfigError(
-            f"{folder.path} already holds a run, up to {newest}; continue that with --resume auto, or choose another "
-            "folder with run=..."
-        )
-    return None if wanted is None else found or load_checkpoint(Path(wanted))
-
-
-def check_same_run(folder: RunFolder, config: RunConfig, plan: Plan) -> None:
-    """Refuse to continue a run with another configuration or another plan than it began with.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    if folder.config_path.exists():
-        changed = differences(load_config(folder.config_path, schema=type(config)), config)
-        essential = [change for change in changed if not change.startswith(FREE_KEYS)]
-        if essential:
-            raise ConfigError(
-                f"{folder.path} holds a run of another configuration ({'; '.join(essential)}). Continue it with the "
-                "values it began with, or choose another folder with run=..."
-            )
-    if folder.plan_path.exists():
-        old = Plan.from_dict(json.loads(folder.plan_path.read_text()))
-        if old != plan:
-            raise ConfigError(
-                f"the plan of {folder.path} was made for {old.images} images and {old.total_steps} steps, this one "
-                f"for {plan.images} images and {plan.total_steps} steps: the data set has changed; choose run=..."
-            )
-
-
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Continue from a checkpoint.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    try:
-        state.restore(checkpoint)
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{checkpoint.path} does not fit this configuration: {first}") from None
-
-
 def open_records(config: RunConfig, folder: RunFolder, assembly: Assembly) -> Tracker:
     """Write down what is about to run, drop rows of steps that were lost, and open the trackers."""
     write_text_atomic(folder.config_path, dump_config(config))
     write_text_atomic(folder.plan_path, json.dumps(assembly.plan.to_dict(), indent=1))
     for name, text in assembly.records.items():
         write_text_atomic(folder.path / name, text)
-    if folder.metrics_path.exists():
+    try:
         truncate_metrics(folder.metrics_path, assembly.state.step)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return open_trackers(config, folder, assembly.plan, assembly.parent, config.task)
-
-
-def save_state(state: TrainState, folder: RunFolder, keep: int, ranks: Ranks) -> None:
-    """Write a checkpoint, on the main rank; all ranks call it together."""
-    if state.selection is not None:
-        state.selection.gather()
-    if ranks.is_main:
-        save_checkpoint(folder.checkpoints, state.step, state.tensors(), state.values(), keep)
 
 
 def loop_config(
@@ -328,7 +334,6 @@ def loop_config(
         log_every=config.tracking.every,
         save_every_steps=config.saving.steps,
         save_every_seconds=None if minutes is None else 60 * minutes,
-        max_skipped=config.engine.max_skipped,
         wall_seconds=None if hours is None else 3600 * hours,
     )
 
@@ -344,7 +349,7 @@ def announce(
     )
     say(plan_table(plan))
     if checkpoint is None:
-        say("starting at step 0")
+        say("starting at step 0" + lost_steps(folder))
         return
     say(f"resuming from {checkpoint.path} at step {state.step:,} of {plan.total_steps:,}")
     before = checkpoint.state
@@ -354,10 +359,18 @@ def announce(
         say(f"note: {', '.join(changed)} since then; results are equally good, but not the same bits")
 
 
+def lost_steps(folder: RunFolder) -> str:
+    """What an earlier start had done before its first checkpoint, for people; nothing where there was none."""
+    rows = read_metrics(folder.metrics_path) if folder.metrics_path.exists() else []
+    done = max((row["step"] for row in rows if isinstance(row.get("step"), int | float)), default=0)
+    return f": an earlier start got to step {done:,.0f}, and ended before its first checkpoint" if done else ""
+
+
 def exit_with(error: Exception) -> int:
-    """Print an error for people and return its exit code: 2 for a configuration, 1 for anything else."""
+    """Print an error for people, once for all ranks, and return its exit code: 2 for a configuration, else 1."""
     message = str(error)
     if "Original Traceback" in message:  # from a DataLoader worker, whose traceback says nothing to a person
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    print(f"error: {message}", file=sys.stderr)
+    if not told_by_main(error):
+        print(f"error: {message}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

@@ -44,7 +44,9 @@ class LabelledDataConfig:
     downsample: str = "resize"  # resize, lanczos, fourier, fourier_pixel0, bilinear, nearest
     repeats: int = 1  # repeated augmentation: views of an image within a batch
     max_pixels: int = 100_000_000  # larger images are refused from their header
+    max_bad: float = 0.01  # share of the images that may be unreadable; they are replaced, and listed in the run folder
     workers: int | None = None  # processes per rank; null chooses by device and cores
+    timeout_minutes: float = 15.0  # that a worker may take for a batch before the run stops
 
     CHOICES: ClassVar[Choices] = {
         "source": SOURCES,
@@ -60,6 +62,8 @@ class LabelledDataConfig:
         "repeats": (1, math.inf, True),
         "workers": (0, math.inf, True),
         "max_pixels": (1, math.inf, True),
+        "max_bad": (0, 1, True),
+        "timeout_minutes": (0, math.inf, False),
     }
     PAIRS: ClassVar[tuple[str, ...]] = ("scale", "ratio")
 

@@ -37,7 +37,9 @@ class DataConfig:
     flip: bool = True
     downsample: str = "resize"  # resize, lanczos, fourier, fourier_pixel0, bilinear, nearest
     max_pixels: int = 100_000_000  # larger images are refused from their header
+    max_bad: float = 0.01  # share of the images that may be unreadable; they are replaced, and listed in the run folder
     workers: int | None = None  # processes per rank; null chooses by device and cores
+    timeout_minutes: float = 15.0  # that a worker may take for a batch before the run stops
 
     CHOICES: ClassVar[Choices] = {
         "source": SOURCES,
@@ -48,6 +50,8 @@ class DataConfig:
         "channels": (1, math.inf, True),
         "workers": (0, math.inf, True),
         "max_pixels": (1, math.inf, True),
+        "max_bad": (0, 1, True),
+        "timeout_minutes": (0, math.inf, False),
     }
     PAIRS: ClassVar[tuple[str, ...]] = ("scale", "ratio")
 

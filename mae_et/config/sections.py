@@ -119,14 +119,22 @@ class EngineConfig:
     precision: str = "auto"  # auto, bf16, fp16, fp32
     compile: str = "auto"  # auto (on GPUs), always, never: torch.compile of each transformer block
     threads: int | None = None  # CPU threads of a rank; null leaves torch's choice
-    max_skipped: int = 10  # steps in a row with non-finite gradients before the run stops
+    max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
+    parallel: str = "ddp"  # ddp: a whole model on every rank; fsdp: shares of weights, gradients and moments
+    timeout_minutes: float = 30.0  # how long ranks wait for each other; pauses of the main rank for scores included
+    requeue: bool = True  # in a SLURM job, SIGUSR1 saves and asks SLURM to start the job again
 
     CHOICES: ClassVar[Choices] = {
         "device": ("auto", "cpu", "cuda", "mps"),
         "precision": ("auto", "bf16", "fp16", "fp32"),
         "compile": ("auto", "always", "never"),
+        "parallel": ("ddp", "fsdp"),
     }
-    RANGES: ClassVar[Ranges] = {"threads": (1, math.inf, True), "max_skipped": (1, math.inf, True)}
+    RANGES: ClassVar[Ranges] = {
+        "threads": (1, math.inf, True),
+        "max_skipped": (1, math.inf, True),
+        "timeout_minutes": (0, 10_000, False),
+    }
 
 
 @dataclass

@@ -106,7 +106,7 @@ def make_plan(stages: Sequence[Stage], name: str, axis: str, magnitude: tuple[fl
         if steps < 1:
             raise ValueError(
                 f"{label} gets no step: {terms.epochs:g} epochs of {terms.epoch_images} images are too few for a batch "
-                f"of {batch}"
+                f"of {batch}; lower optim.batch, raise the budget, or take more images"
             )
         factor = learning_rate_factor(label, stage.batch_scale, terms)
         replay = terms.replay.ratio if stage.replay is None else stage.replay
@@ -209,9 +209,12 @@ def check_batch(label: str, batch: int, geometry: Geometry, reference: Geometry,
     """Raise ValueError for a batch that ranks do not divide, or of more tokens than the final size's."""
     shares = terms.ranks * terms.accumulation
     if batch % shares:
+        per_rank = terms.batch // terms.accumulation if terms.batch % terms.accumulation == 0 else 0
+        fitting = [str(ranks) for ranks in range(1, min(per_rank, 2 * terms.ranks) + 1) if per_rank % ranks == 0]
+        ranks = f", or start it on {', '.join(fitting)} ranks" if fitting else ""
         raise ValueError(
             f"{label}: a batch of {batch} does not divide into {terms.ranks} ranks x {terms.accumulation} accumulation "
-            f"steps; choose a multiple of {shares}"
+            f"steps; choose a multiple of {shares}{ranks}"
         )
     for kind in ("tokens", "visible"):
         asked, most = batch * getattr(geometry, kind), terms.batch * getattr(reference, kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from mae_et.engine.step import StepResult
 
 
 class TimedBatches:
-    """An iterator that knows how long its consumer waited."""
+    """An iterator that knows how long its consumer waited, and shows each batch to others as it passes."""
 
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches, self.waited = batches, 0.0
+    def __init__(self, batches: Iterator[Batch], *watchers: Callable[[Batch], None]):
+        self._batches, self._watchers, self.waited = batches, watchers, 0.0
 
     def __iter__(self) -> TimedBatches:
         return self
@@ -28,6 +28,8 @@ class TimedBatches:
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started
+        for watch in self._watchers:
+            watch(batch)
         return batch
 
     def take_waited(self) -> float:
@@ -45,17 +47,19 @@ class Meter:
 
     def add(self, state: TrainState, result: StepResult, images: int, waited: float) -> None:
         """Count one step; nothing is read from the device."""
-        state.loss_sum += result.loss
-        state.loss_steps += 1
+        finite = torch.isfinite(result.loss)
+        state.loss_sum += torch.where(finite, result.loss, 0)
+        state.loss_steps += finite
         self.gradient_norm = result.gradient_norm
         self.images += images
         self.waited += waited
 
     def read(self, state: TrainState) -> dict[str, float]:
         """Means since the last row; waits for the device, and starts the sum of losses anew."""
-        loss = mean_over_ranks(state.loss_sum / state.loss_steps).item()
+        total, steps = mean_over_ranks(torch.stack([state.loss_sum, state.loss_steps]))
+        loss = (total / steps).item()  # NaN where no step had a finite one
         state.loss_sum.zero_()
-        state.loss_steps = 0
+        state.loss_steps.zero_()
         elapsed = time.perf_counter() - self.started
         return {
             "train/loss": loss,

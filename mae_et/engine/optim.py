@@ -14,6 +14,8 @@ from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
 from torch import nn
 
+from mae_et.engine.parallel import placed
+
 Groups = list[dict[str, Any]]
 
 
@@ -157,6 +159,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         if parameter_name not in parameters:
             raise ValueError(f"the optimizer state holds {parameter_name!r}, which the model has not")
         parameter = parameters[parameter_name]
+        if tensor.shape == parameter.shape:
+            tensor = placed(tensor, parameter)
         optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 

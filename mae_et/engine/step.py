@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_et.curriculum.plan import StepPlan
 from mae_et.data.loader import Batch
 from mae_et.engine.optim import set_learning_rate
+from mae_et.engine.parallel import gradients_shared, whole
 from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Task
 
@@ -30,9 +29,18 @@ def micro_step(state: TrainState, batch: Batch, now: StepPlan, task: Task, share
     inputs = task.prepare(batch, now, state.device)
     with state.precision.autocast():
         loss = task.loss(state.network, inputs, now)
-    scaled = loss * share if state.scaler is None else state.scaler.scale(loss * share)
-    scaled.backward()
+    scaled = finite_or_nan(loss) * share
+    (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()
     return loss.detach()
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """The loss, to the bit; but one that is not finite gives gradients that are all NaN.
+
+    An infinite loss may have finite gradients (that of a mean of squares has), and only a gradient reaches the other
+    ranks.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 def train_step(
@@ -40,15 +48,14 @@ def train_step(
 ) -> StepResult:
     """One step of the plan on `accumulation` micro-batches of this rank.
 
-    A gradient that is not finite on any rank is not finite on all once gradients are averaged, so all ranks leave
-    the step out together. The fused optimizer is told so on the device and keeps weights and moments as they are.
+    A gradient that is not finite on any rank is not finite on all once gradients are averaged, and a loss that is not
+    makes its gradients so: all ranks leave the step out together. The fused optimizer is told so on the device and
+    keeps weights and moments as they are.
     """
     losses = []
     for micro in range(accumulation):
-        last = micro == accumulation - 1
         # Gradients are averaged over ranks once a step, with the last micro-batch.
-        silent = isinstance(state.network, DistributedDataParallel) and not last
-        with state.network.no_sync() if silent else nullcontext():  # pyright: ignore[reportCallIssue]
+        with gradients_shared(state.network, share=micro == accumulation - 1):
             losses.append(micro_step(state, next(batches), now, task, 1 / accumulation))
 
     set_learning_rate(state.optimizer, now.learning_rate)
@@ -58,6 +65,7 @@ def train_step(
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:
         clip_grads_with_norm_(parameters, clip, norm)
+    norm = whole(norm)
     apply_update(state, norm)
     state.update_average()
     state.optimizer.zero_grad(set_to_none=True)

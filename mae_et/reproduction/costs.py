@@ -129,7 +129,7 @@ class Planner:
             from mae_et.finetuning import settle_start
 
             start = replace(FinetuneConfig(), model=config.model, data=config.data, checkpoint=config.checkpoint)
-            return settle_start(start, None, False).backbone
+            return settle_start(start).backbone
         made = configuration(maker)
         assert made is not None
         parent = _encoder(made) if isinstance(made, PretrainConfig) else self.backbone(made)

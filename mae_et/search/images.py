@@ -45,7 +45,7 @@ def open_images_of(search: SearchConfig, recipe: PretrainConfig | FinetuneConfig
         ConfigError: there are no such images, or no labels where the score needs some.
     """
     if isinstance(recipe, FinetuneConfig):
-        channels = settle_start(recipe, None, False).backbone.channels
+        channels = settle_start(recipe).backbone.channels
         images = open_labelled(replace(recipe.data, holdout=search.holdout), channels)
         assert images.val is not None
         return SearchImages(drawn(images.train, search), images.train, images.val)

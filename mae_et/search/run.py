@@ -9,7 +9,8 @@ from mae_et.curriculum.search import Candidate, Found, candidates_of, greedy, se
 from mae_et.curriculum.stage import as_size
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.planning import needs_calibration
-from mae_et.running import FREE_KEYS, Say, prepare_device
+from mae_et.resuming import FREE_KEYS
+from mae_et.running import Say, prepare_device
 from mae_et.search.evidence import ALGORITHMS, CURRICULUM_FILE, spent_on, spent_text, write_evidence
 from mae_et.search.images import open_images_of
 from mae_et.search.scoring import SCORES

@@ -31,7 +31,7 @@ from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masking import mask_noise
 from mae_et.planning import final_size
 from mae_et.pretraining import build_state
-from mae_et.running import restore
+from mae_et.resuming import restore
 from mae_et.search.images import SearchImages
 from mae_et.training import start
 
@@ -78,7 +78,7 @@ def score_classifier(
     config: FinetuneConfig, checkpoint: Checkpoint, images: SearchImages, kind: str, ranks: Ranks
 ) -> float:
     """Of a classifier, or of the running average of its weights; `loss` is plain cross-entropy."""
-    begin = settle_start(config, None, False)
+    begin = settle_start(config)
     model = build_classifier(config, begin, len(images.train.classes), lambda _line: None, config.epochs)
     state = classifier_state(config, model, ranks)
     restore(state, checkpoint)

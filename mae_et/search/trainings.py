@@ -152,7 +152,7 @@ class Trainings:
         """Of training on labels."""
         assert isinstance(self.recipe, FinetuneConfig)
         if self.backbone is None:
-            self.backbone = settle_start(self.recipe, None, False).backbone
+            self.backbone = settle_start(self.recipe).backbone
         return self.backbone
 
     def settle_budget(self) -> None:

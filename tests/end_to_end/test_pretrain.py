@@ -13,13 +13,14 @@ from PIL import Image
 
 from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from mae_et.curriculum import Plan
-from mae_et.data.decode import ImageError
+from mae_et.engine.bad_images import BadImagesError
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint
-from mae_et.engine.loop import TrainingError
+from mae_et.engine.faults import TrainingError
 from mae_et.engine.run_folder import RunFolder, RunFolderError
 from mae_et.pretraining import pretrain
 from mae_et.report import evaluate_run
-from mae_et.running import FREE_KEYS, exit_with
+from mae_et.resuming import FREE_KEYS
+from mae_et.running import exit_with
 from tests.end_to_end.tiny import arguments, history, run_here
 
 PHOTO_RUN = [
@@ -152,19 +153,21 @@ def test_a_second_run_is_kept_out(photos, tmp_path):
         run_here(photos, run)
 
 
-def test_a_bad_image_stops_the_run_by_name(photos, tmp_path, capsys):
+def test_a_bad_image_stops_a_run_that_allows_none(photos, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for path in photos.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "07.png").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ImageError, match=r"07\.png: not an image") as here:
-        run_here(folder, tmp_path / "run")
-    with pytest.raises(ImageError, match=r"07\.png: not an image") as worker:
-        run_here(folder, tmp_path / "run", "data.workers=1")
+    with pytest.raises(BadImagesError, match=r"07\.png: not an image") as here:
+        run_here(folder, tmp_path / "run", "data.max_bad=0")
+    with pytest.raises(BadImagesError, match=r"07\.png: not an image") as worker:
+        run_here(folder, tmp_path / "run", "data.max_bad=0", "data.workers=1")
     for caught in (here, worker):
         assert exit_with(caught.value) == 1
-        assert capsys.readouterr().err.startswith(f"error: {folder}/07.png: not an image")
+        error = capsys.readouterr().err
+        assert error.startswith("error: 1 of 45 images could not be read, more than data.max_bad=0 allows: ")
+        assert f"{folder}/07.png: not an image" in error
 
 
 def test_gradients_that_are_never_finite_stop_the_run(photos, tmp_path):
