@@ -1,18 +1,25 @@
 # make demo: a virtual environment, Fashion-MNIST, a pretraining run of about five minutes on two cores, its scores.
 # make test: a virtual environment, lint, types, tests.
+# make torture: faults by the hundred, about an hour on two cores; fills the table of docs/reliability.md. It can be
+# interrupted and repeated: what TORTURE_LOG has is not tried again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/demo
+TORTURE_LOG ?= runs/torture/log.jsonl
 
-.PHONY: demo test lint types unit install data clean
+.PHONY: demo test torture lint types unit install data clean
 
 demo: install data
 	$(BIN)/python pretrain.py --config configs/pretrain/demo.yaml run=$(RUN)
 	$(BIN)/python -m mae_et evaluate $(RUN)
 
 test: install lint types unit
+
+torture: install
+	$(BIN)/python -m tests.torture --log $(TORTURE_LOG); held=$$?; \
+	$(BIN)/python -m tests.torture.table $(TORTURE_LOG) && exit $$held
 
 lint:
 	$(BIN)/ruff check .

@@ -39,6 +39,11 @@ def test_commands_name_recipes_and_keys_that_exist(repository):
             if words[1].startswith("benchmarks/"):
                 assert all((repository / word).exists() for word in words[1:3])
                 continue
+            if words[:2] == ["python", "-m"] and words[2].startswith("tests."):
+                assert (repository / words[2].replace(".", "/")).exists() or (
+                    repository / f"{words[2].replace('.', '/')}.py"
+                ).exists()
+                continue
             (schema,) = [kind for program, kind in SCHEMAS.items() if program in words]
             overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
             if schema is None:
