@@ -140,9 +140,11 @@ def _execute(
     workers = choose_workers(config, ranks)
     announce(assembly, folder, ranks, workers, checkpoint, say)
 
+    opened: list[Tracker] = []
+    on_main(ranks, lambda: opened.append(open_records(config, folder, assembly)))
+    tracker = opened[0] if opened else MultiTracker([])
     status = StatusFile(folder.status_path, None if checkpoint is None else state.step, ranks.is_main)
     status.update()
-    tracker = open_records(config, folder, assembly) if ranks.is_main else MultiTracker([])
     exit_code = 1
     try:
         ended = _train(config, assembly, folder, ranks, workers, tracker, status, until)
@@ -361,9 +363,12 @@ def announce(
 
 def lost_steps(folder: RunFolder) -> str:
     """What an earlier start had done before its first checkpoint, for people; nothing where there was none."""
-    rows = read_metrics(folder.metrics_path) if folder.metrics_path.exists() else []
-    done = max((row["step"] for row in rows if isinstance(row.get("step"), int | float)), default=0)
-    return f": an earlier start got to step {done:,.0f}, and ended before its first checkpoint" if done else ""
+    try:
+        rows = read_metrics(folder.metrics_path) if folder.metrics_path.exists() else []
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    done = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    return f": an earlier start got to step {done:,}, and ended before its first checkpoint" if done else ""
 
 
 def exit_with(error: Exception) -> int:
