@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mae_et.curriculum.plan import Plan
-from mae_et.engine.distributed import Ranks
+from mae_et.engine.distributed import Ranks, on_main
 from mae_et.engine.meter import axes
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.engine.state import TrainState
@@ -37,7 +37,7 @@ def conclude(
     as it is, unless `again`.
     """
     report_path = folder.path / REPORT_FILE
-    if report_path.exists() and not again:
+    if on_main(ranks, report_path.exists) and not again:
         say(f"examined before: {report_path}")
         return
     parts = {"val": images.val, "test": images.test}

@@ -81,9 +81,20 @@ def class_names(weights: Weights) -> tuple[str, ...]:
 
 
 def crop_fraction(weights: Weights) -> float:
-    """Share of the resized image that the centre crop keeps in the run's own evaluation."""
-    evaluation = (weights.origin.config or {}).get("evaluation") or {}
-    return float(evaluation.get("crop_fraction") or CROP_FRACTION)
+    """Share of the resized image that the centre crop keeps in the run's own evaluation.
+
+    Raises:
+        WeightsError: the run's configuration has no such share there.
+    """
+    evaluation = (weights.origin.config or {}).get("evaluation")
+    share = evaluation.get("crop_fraction") if isinstance(evaluation, dict) else None
+    if share is None:
+        return CROP_FRACTION
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise WeightsError(
+            f"{weights.origin.path}: the config.yaml of its run is damaged (evaluation.crop_fraction is {share!r})"
+        )
+    return float(share)
 
 
 def settle_pooling(weights: Weights, backbone: Backbone, wanted: Pooling | None) -> Pooling | None:

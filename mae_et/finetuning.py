@@ -175,7 +175,6 @@ def compile_blocks(net: nn.Module, choice: str, device: torch.device) -> None:
 def build_state(config: FinetuneConfig, model: Classifier, ranks: Ranks) -> TrainState:
     """Optimizer, average and number format, on this rank's device."""
     optim = config.optim
-    model.to(ranks.device)
     compile_blocks(model.net, config.engine.compile, ranks.device)
     precision = Precision.choose(config.engine.precision, ranks.device)
     choose_attention(model, precision)
@@ -202,6 +201,8 @@ def running_average(model: Classifier, decay: float, ranks: Ranks, layout: str) 
     average = ModelEmaV3(model, decay=decay, foreach=layout == "ddp")  # torch.lerp_ of lists takes no mixed layouts
     if layout == "fsdp" and ranks.count > 1:
         shard(average.module, ranks)
+    else:
+        average.module.to(ranks.device)
     return average
 
 

@@ -122,7 +122,7 @@ def plan_of(text: str) -> Plan:
     """The plan that a run's plan.json holds.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it holds none.
+        ValueError, LookupError, TypeError, AttributeError: it holds none.
     """
     return Plan.from_dict(parse_json(text))
 

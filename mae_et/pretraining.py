@@ -100,14 +100,15 @@ def build_transform(config: PretrainConfig) -> CropTransform:
 
 def build_state(config: PretrainConfig, ranks: Ranks) -> TrainState:
     """Model, optimizer and number format, on this rank's device."""
-    model = build_model(config).to(ranks.device)
+    model = build_model(config)
     wanted = config.engine.compile
     if wanted == "always" or (wanted == "auto" and ranks.device.type == "cuda"):
         for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
     precision = Precision.choose(config.engine.precision, ranks.device)
     choose_attention(model, precision)
-    twin = whole_copy(model, ranks, config.engine.parallel)
+    # The main rank alone looks at it.
+    twin = whole_copy(model, ranks, config.engine.parallel) if ranks.is_main else None
     network = parallelise(model, ranks, config.engine.parallel)
     groups = decay_groups(model, config.optim.weight_decay)
     return TrainState(

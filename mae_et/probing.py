@@ -98,6 +98,10 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
     """MAE's linear probe, on the engine of all training."""
     if config.checkpoint is None:
         raise ConfigError("checkpoint is not set: a probe needs one, e.g. checkpoint=runs/demo")
+    if config.engine.parallel != "ddp":
+        raise ConfigError(
+            f"engine.parallel={config.engine.parallel}: a probe trains one layer; set engine.parallel=ddp"
+        )
     settings = as_finetuning(config)
 
     def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mae_et.config import ConfigError, PretrainConfig, load_config
-from mae_et.config.kept import read_kept
+from mae_et.config import ConfigError, PretrainConfig
+from mae_et.config.kept import kept_config, read_kept
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.stage import format_size
 from mae_et.curriculum.table import text_table
@@ -45,17 +45,19 @@ def evaluate_run(run: str, overrides: Sequence[str] = ()) -> dict[str, dict[str,
     if not (path / "config.yaml").exists():
         raise ConfigError(f"{run} holds no run: there is no {path / 'config.yaml'}")
     folder = RunFolder(path)
-    config = load_config(folder.config_path, overrides)
+    config = kept_config(folder.config_path, PretrainConfig, overrides)
     plan = read_kept(folder.plan_path, plan_of)
     rows = read_metrics(folder.metrics_path)
 
     scores = run_scores(config, folder)
     print(score_table(scores))
-    costs = stage_costs(plan, rows)
+    try:
+        costs = stage_costs(plan, rows)
+        curve_picture(rows, folder.pictures / "curves.png")
+        report = {"scores": scores, "stage_costs": costs, "checkpoint_step": rows[-1]["step"]}
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder.metrics_path} cannot be drawn ({type(error).__name__}: {error})") from None
     print(f"\nCost of an image, measured in this run against the plan:\n\n{cost_table(costs)}")
-    picture = folder.pictures / "curves.png"
-    curve_picture(rows, picture)
-    report = {"scores": scores, "stage_costs": costs, "checkpoint_step": rows[-1]["step"]}
     write_text_atomic(folder.path / "evaluation.json", json.dumps(report, indent=1))
     print(f"\npictures: {folder.pictures}/  (curves.png, and what each stage sees and predicts)")
     return scores

@@ -5,17 +5,19 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from mae_et.config import ConfigError, RunConfig, differences, load_config
-from mae_et.config.kept import read_kept
+from mae_et.config import ConfigError, RunConfig, differences
+from mae_et.config.kept import kept_config, read_kept
 from mae_et.config.plain import read_yaml
 from mae_et.curriculum.plan import Plan
+from mae_et.data.sources import Source
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from mae_et.engine.distributed import Ranks, on_main
+from mae_et.engine.distributed import Ranks, gather_objects, on_main
 from mae_et.engine.parallel import gathered, share_checkpoint
 from mae_et.engine.run_folder import RunFolder
 from mae_et.engine.state import TrainState
 from mae_et.engine.status import StatusFile, saved_before
 from mae_et.planning import plan_of
+from mae_et.tracking import read_metrics
 
 # What may differ between the starts of one run: where and how it runs, not what it learns.
 FREE_KEYS = (
@@ -84,19 +86,19 @@ def check_same_run(folder: RunFolder, config: RunConfig, plan: Plan, ranks: Rank
 
 def _check_same_run(folder: RunFolder, config: RunConfig, plan: Plan) -> None:
     if folder.config_path.exists():
-        changed = differences(load_config(folder.config_path, schema=type(config)), config)
+        changed = differences(kept_config(folder.config_path, type(config)), config)
         essential = [change for change in changed if not change.startswith(FREE_KEYS)]
         if essential:
             raise ConfigError(
-                f"{folder.path} holds a run of another configuration ({'; '.join(essential)}). Continue it with the "
-                "values it began with, or choose another folder with run=..."
+                f"{folder.path} holds a run of another configuration, by its config.yaml ({'; '.join(essential)}). "
+                "Continue it with the values it began with, or choose another folder with run=..."
             )
     if folder.plan_path.exists():
         old = read_kept(folder.plan_path, plan_of)
         if old != plan:
             raise ConfigError(
-                f"the plan of {folder.path} was made for {old.images} images and {old.total_steps} steps, this one "
-                f"for {plan.images} images and {plan.total_steps} steps: the data set has changed; choose run=..."
+                f"{folder.plan_path} was made for {old.images} images and {old.total_steps} steps, the plan now is for "
+                f"{plan.images} images and {plan.total_steps} steps: the data set has changed; choose run=..."
             )
 
 
@@ -108,7 +110,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """
     try:
         state.restore(checkpoint)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise CheckpointError(f"{checkpoint.path} does not fit this configuration: {first}") from None
 
@@ -131,3 +133,31 @@ def save_state(state: TrainState, folder: RunFolder, keep: int, ranks: Ranks, st
         status.update(saved_step=state.step)
 
     on_main(ranks, write)
+
+
+def check_same_everywhere(source: Source, plan: Plan) -> None:
+    """Refuse to train where ranks see other images or another plan; all ranks call it together.
+
+    Raises:
+        ConfigError: naming the rank.
+    """
+    # Names without folders, which may differ between hosts; a few of them, because nothing reads all of a large set.
+    names = [source.describe(i).rpartition("/")[2] for i in {0, len(source) // 2, len(source) - 1}]
+    facts = gather_objects((len(source), names, plan.total_steps, [stage.steps for stage in plan.stages]))
+    for rank, found in enumerate(facts):
+        if found != facts[0]:
+            raise ConfigError(
+                f"rank {rank} sees other images than rank 0: {found[0]:,} images ({', '.join(found[1])}, ...) and "
+                f"{found[2]:,} steps, in place of {facts[0][0]:,} ({', '.join(facts[0][1])}, ...) and {facts[0][2]:,}; "
+                "give every host the same images"
+            )
+
+
+def lost_steps(folder: RunFolder) -> str:
+    """What an earlier start had done before its first checkpoint, for people; nothing where there was none."""
+    try:
+        rows = read_metrics(folder.metrics_path) if folder.metrics_path.exists() else []
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    done = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    return f": an earlier start got to step {done:,}, and ended before its first checkpoint" if done else ""

@@ -27,7 +27,15 @@ from mae_et.data.selection import PassSampler
 from mae_et.data.sources import Source, open_source
 from mae_et.engine.bad_images import BadImages, BadImagesError
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError
-from mae_et.engine.distributed import Ranks, join_ranks, leave_ranks, on_main, told_by_main
+from mae_et.engine.distributed import (
+    Ranks,
+    any_rank,
+    join_ranks,
+    leave_ranks,
+    lost_peer,
+    on_main,
+    told_by_main,
+)
 from mae_et.engine.faults import NonFinite, TrainingError
 from mae_et.engine.loop import LoopConfig, Observer, train
 from mae_et.engine.memory import keep_freed_memory
@@ -39,8 +47,15 @@ from mae_et.engine.tasks import Prepare, Task
 from mae_et.exchange.weights import Origin, WeightsError
 from mae_et.ops.lowfreq import Phase, low_frequency_crop
 from mae_et.recording import open_trackers
-from mae_et.resuming import check_same_run, find_checkpoint, restore, save_state
-from mae_et.tracking import MultiTracker, read_metrics, truncate_metrics
+from mae_et.resuming import (
+    check_same_everywhere,
+    check_same_run,
+    find_checkpoint,
+    lost_steps,
+    restore,
+    save_state,
+)
+from mae_et.tracking import MultiTracker, truncate_metrics
 from mae_et.tracking.tracker import Tracker, warn
 
 # Errors that a person can act on: their message is enough.
@@ -116,14 +131,15 @@ def execute(
     ranks = join_ranks(config.engine.device, config.engine.timeout_minutes)
     run = _conclude if only_conclude else partial(_execute, until=until)
     held: list[RunFolder] = []
-    try:
-        on_main(ranks, lambda: held.append(RunFolder(config.run).acquire()))
-        if not held:
-            return run(config, assemble, resume, ranks, RunFolder(config.run, writes=False), lambda _line: None)
+    on_main(ranks, lambda: held.append(RunFolder(config.run).acquire()))
+    if held:
         with held[0] as folder:
-            return run(config, assemble, resume, ranks, folder, say)
-    finally:
-        leave_ranks()
+            exit_code = run(config, assemble, resume, ranks, folder, say)
+    else:
+        exit_code = run(config, assemble, resume, ranks, RunFolder(config.run, writes=False), lambda _line: None)
+    # Not after an error: under NCCL all ranks leave together, and the others may wait for this one elsewhere.
+    leave_ranks()
+    return exit_code
 
 
 def _execute(
@@ -134,6 +150,7 @@ def _execute(
     assembly = assemble(folder, ranks, checkpoint is not None)
     plan, state = assembly.plan, assembly.state
     state.bad_images = bad_images(config, folder, assembly, ranks)
+    check_same_everywhere(assembly.dataset.source, plan)
     if checkpoint is not None:
         check_same_run(folder, config, plan, ranks)
         restore(state, checkpoint)
@@ -145,17 +162,20 @@ def _execute(
     tracker = opened[0] if opened else MultiTracker([])
     status = StatusFile(folder.status_path, None if checkpoint is None else state.step, ranks.is_main)
     status.update()
+    del checkpoint  # as large as model and moments
     exit_code = 1
     try:
         ended = _train(config, assembly, folder, ranks, workers, tracker, status, until)
         exit_code = 0 if ended is None else 128 + ended
-        over = state.step == plan.total_steps or assembly.loop.time_is_up(state)
+        over = any_rank([state.step == plan.total_steps or assembly.loop.time_is_up(state)])[0]
         if ended is None and over:
             state.refresh()
             assembly.conclude(tracker, say, False)
     except Exception as error:
-        status.update(state="failed", reason=str(error))
-        raise
+        lost = ranks.count > 1 and lost_peer(error)
+        known = TrainingError(LOST_PEER) if lost else error
+        status.update(state="failed", reason=str(known))
+        raise known from (error if lost else error.__cause__)
     finally:
         tracker.finish(exit_code)
     if ended is not None:
@@ -200,6 +220,9 @@ def _train(
         )
 
 
+LOST_PEER = "another rank ended, or cannot be reached; what it printed itself says why"
+
+
 def bad_images(config: Any, folder: RunFolder, assembly: Assembly, ranks: Ranks) -> BadImages:
     """The ledger of images that cannot be read, beside the run's metrics."""
     source = assembly.dataset.source
@@ -215,11 +238,12 @@ def _say_interrupted(
     say(f"{name}: saved at step {state.step:,}; the same command continues the run")
     if ended != signal.SIGUSR1 or job is None or not config.engine.requeue:
         return
+    status.update(requeued=True)  # before SLURM ends this process for it
     problem = on_main(ranks, partial(requeue, job))  # the others wait: a rank that leaves may end the job
     if problem is None:
-        status.update(requeued=True)
         say(f"SLURM starts job {job} again")
     elif ranks.is_main:
+        status.update(requeued=False)
         warn(f"SLURM was asked to start job {job} again, and did not: {problem}")
 
 
@@ -359,16 +383,6 @@ def announce(
     changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
         say(f"note: {', '.join(changed)} since then; results are equally good, but not the same bits")
-
-
-def lost_steps(folder: RunFolder) -> str:
-    """What an earlier start had done before its first checkpoint, for people; nothing where there was none."""
-    try:
-        rows = read_metrics(folder.metrics_path) if folder.metrics_path.exists() else []
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    done = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
-    return f": an earlier start got to step {done:,}, and ended before its first checkpoint" if done else ""
 
 
 def exit_with(error: Exception) -> int:

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mae_et.config.loading import ConfigError
-from mae_et.config.plain import JSON_LIMIT, parse_json, read_bytes
+from mae_et.config.loading import Config, ConfigError, load_config
+from mae_et.config.plain import JSON_LIMIT, parse_json, read_bytes, read_yaml
 
 T = TypeVar("T")
+
+
+def kept_config(path: Path, schema: type[Config], overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run wrote into its folder.
+
+    Args:
+        path: of the file; no link, see `read_bytes`.
+        schema: the kind of run.
+        overrides: `key=value` changes to it.
+
+    Raises:
+        ConfigError: it is missing, damaged or of another kind of run; the message names the file.
+    """
+    kept_task(path)
+    try:
+        return load_config(path, overrides, schema)
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def kept_task(path: Path) -> str:
+    """The kind of run whose configuration a folder keeps.
+
+    Raises:
+        ConfigError: it is missing or damaged; the message names the file.
+    """
+    try:
+        values = read_yaml(path, follow=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from None
+    if not {"run", "seed"} <= values.keys():  # a run writes all its keys
+        raise ConfigError(f"{path} is damaged (it names no run and no seed): put back the one that the run wrote")
+    task = values.get("task", "pretrain")
+    if not isinstance(task, str):
+        raise ConfigError(f"{path} is damaged (its task is {task!r}): put back the one that the run wrote")
+    return task
 
 
 def read_kept(path: Path, parse: Callable[[str], T]) -> T:
@@ -26,7 +62,7 @@ def read_kept(path: Path, parse: Callable[[str], T]) -> T:
         return parse(read_bytes(path, JSON_LIMIT, follow=False).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: put back the one that the run wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path} is damaged ({reason}): put back the one that the run wrote") from None
 

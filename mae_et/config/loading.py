@@ -53,9 +53,10 @@ def load_config(
     for origin, values in layers:
         _expand(values)
         _refuse_unknown(origin, values, known, free_form)
+        _refuse_flat(origin, values, schema())
         try:
             config = OmegaConf.merge(config, values)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:  # the latter of integers beyond all floats
             key = getattr(error, "full_key", None) or "?"
             raise ConfigError(f"{origin}: {key}: {str(error).splitlines()[0]}") from None
     if not config.run:
@@ -245,6 +246,17 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{name}.")
         else:
             yield name
+
+
+def _refuse_flat(origin: str, values: Any, config: Any) -> None:
+    """Raise ConfigError where a section of settings is given a value of its own."""
+    for prefix, section in _sections(config):
+        found = values
+        for name in prefix.split(".")[:-1]:
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is not None and not isinstance(found, dict):
+            example = f"{prefix}{fields(section)[0].name}"
+            raise ConfigError(f"{origin}: {prefix[:-1]} holds settings, and is no value itself; set e.g. {example}=...")
 
 
 def _refuse_unknown(origin: str, values: Any, known: set[str], free_form: tuple[str, ...]) -> None:

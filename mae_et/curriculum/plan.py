@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -263,13 +265,54 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """A plan from what `to_dict` returned, also after a trip through JSON."""
+        """A plan from what `to_dict` returned, also after a trip through JSON.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: the values are of no plan.
+        """
         stages = tuple(PlannedStage(**_with_tuples(stage)) for stage in values["stages"])
         rate = LearningRate(**values["learning_rate"])
         # Plans from before there was a reference size took the largest stage.
         largest = max((stage.bandwidth for stage in stages), key=lambda size: size[0] * size[1])
         plain = _with_tuples({"reference_size": largest, **values})
-        return cls(**{**plain, "stages": stages, "learning_rate": rate})
+        plan = cls(**{**plain, "stages": stages, "learning_rate": rate})
+        for record in (plan, rate, *stages):
+            _refuse_strange(record)
+        if not plan._first_costs[-1] > 0 or not plan.reference_cost > 0:
+            raise ValueError("its steps cost nothing")
+        return plan
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_pair(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(of, value))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_count,
+    "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
+    "tuple[int, int]": lambda value: _is_pair(value, _is_count),
+    "tuple[float, float]": lambda value: _is_pair(value, _is_number),
+    "tuple[float, float] | None": lambda value: value is None or _is_pair(value, _is_number),
+}
+"""Whether a value is of a type, by the type's name."""
+
+
+def _refuse_strange(record: Plan | PlannedStage | LearningRate) -> None:
+    """Raise ValueError for a value that is not of its field's type, or no finite number."""
+    for item in fields(record):
+        fits = _FITS.get(str(item.type))
+        if fits is not None and not fits(getattr(record, item.name)):
+            raise ValueError(f"{item.name} is {getattr(record, item.name)!r}")
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,12 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
-# What tells of one image, not of the disk: missing, forbidden, a folder, a link to itself, a line of text as its path.
+# What tells of one image, not of the disk: missing, forbidden, a folder, a socket, a link to itself, a line of text as
+# its path.
 _OF_THE_PATH = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+    errno.ENODEV,
 }  # fmt: skip
-
-
 _LARGEST = 1 << 30  # bytes of an image file
 
 

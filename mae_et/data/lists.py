@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,20 @@ from mae_et.data.files import SPLITS, FileSource, PathTable
 from mae_et.data.index import Index, Watch, open_index
 
 _MOST_CLASSES = 10_000_000  # each number up to the largest has a name: a stray one must not fill the memory
+_LONGEST = 1 << 16  # characters of a line: a file without lines must not fill it either
 
 
 def read_list(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield the images that a list file names: line number (from 1), path and label, "" for none.
 
     A line is a path, or a path, a TAB and a label. Blank lines and lines that begin with `#` are skipped. Raises
-    ValueError where the file is no UTF-8 text.
+    ValueError where the file is no UTF-8 text, or a line is longer than paths are.
     """
     with path.open(encoding="utf-8-sig", newline=None) as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(partial(lines.readline, _LONGEST), ""), 1):
+                if len(line) == _LONGEST:
+                    raise ValueError(f"{path}, line {number} is too long: kind 'list' takes one path a line")
                 text = line.strip()
                 if text and text[0] != "#":
                     image, _, label = line.partition("\t")

@@ -139,7 +139,6 @@ def whole(batch: Any) -> Batch:
     return batch
 
 
-GRACE_SECONDS = 30
 DEATH_SECONDS = 2  # a dying worker's connections close first, and only then is it known how it died
 KILL_SECONDS = 5  # only a read that the system itself cannot interrupt outlives SIGKILL
 
@@ -147,16 +146,13 @@ KILL_SECONDS = 5  # only a read that the system itself cannot interrupt outlives
 def outlive_signals(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which often reach all processes of a job, to the training process.
 
-    A worker that died of them at once would take the run down before it has saved. After SIGTERM it serves on for
-    `GRACE_SECONDS`, so that nothing waits for it for ever. It dies with its run, however that ends and whatever it is
-    stuck in; torch's own watch looks between two batches alone.
+    A worker that died of them would take the run down before it has saved, which may take long. It dies with its run,
+    however that ends and whatever it is stuck in; torch's own watch looks between two batches alone.
     """
     when_parent_dies(signal.SIGKILL)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(GRACE_SECONDS))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build_loader(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import sys
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -13,5 +15,9 @@ def when_parent_dies(number: int) -> None:
 
     Linux alone has such a thing; elsewhere nothing happens. The setting is not inherited.
     """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os.kill(os.getpid(), number)  # it died before the system was told

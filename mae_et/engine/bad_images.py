@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.data.loader import Batch
-from mae_et.engine.distributed import any_rank, gather_objects
+from mae_et.engine.distributed import any_rank, as_told_by_main, gather_objects
 from mae_et.tracking.jsonl import JsonlTracker, truncate_metrics
 
 NAMED = 3  # images that an error message names
@@ -83,7 +83,8 @@ class BadImages:
         if not self.listed:
             return {}
         if len(self.listed) > self.limit * self.images:
-            raise BadImagesError(self._too_many())
+            error = BadImagesError(self._too_many())
+            raise error if self.is_main else as_told_by_main(error)
         return {"data/replaced": self.replaced, "data/bad_images": len(self.listed)}
 
     def values(self) -> dict[str, Any]:

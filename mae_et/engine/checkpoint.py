@@ -94,14 +94,15 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the "model" group has non-finite values, or the disk is full or failing. Nothing is left
-            behind then, and the previous checkpoints are intact.
+        CheckpointError: the "model" or "average" group has non-finite values.
+        SaveError: the disk is full or failing. Nothing is left behind, and the previous checkpoints are intact.
         ValueError: an argument cannot be stored.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: keep at least 1 checkpoint")
     contents = _contents(tensors, state)
-    _refuse_non_finite(tensors.get("model", {}))
+    for group in ("model", "average"):
+        _refuse_non_finite(group, tensors.get(group, {}))
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,10 +268,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _refuse_non_finite(model: Mapping[str, Tensor]) -> None:
-    broken = [name for name, tensor in model.items() if not torch.isfinite(tensor).all()]
+def _refuse_non_finite(group: str, tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        count = f"{len(broken)} of the model's {len(model)} tensors"
+        count = f"{len(broken)} of the {group}'s {len(tensors)} tensors"
         raise CheckpointError(f"not saved: {count} hold NaN or infinity, {broken[0]!r} among them")
 
 

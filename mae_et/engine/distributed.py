@@ -135,10 +135,29 @@ def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if box[1] is not None:
-        echo = box[1](box[2])
-        echo.told_by_main = True
-        raise echo
+        raise _echo(box[1], box[2])
     return box[0]
+
+
+def _echo(kind: type[Exception], message: str) -> Exception:
+    """The main rank's error, for others to raise."""
+    try:
+        echo = kind(message)
+    except TypeError:  # one that is made of more than a message
+        echo = RuntimeError(message)
+    return as_told_by_main(echo)
+
+
+def as_told_by_main(error: Exception) -> Exception:
+    """Mark an error that the main rank raises as well, and reports."""
+    error.told_by_main = True  # pyright: ignore[reportAttributeAccessIssue]
+    return error
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error is what gloo or NCCL say when another rank is gone."""
+    told = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
 def told_by_main(error: BaseException) -> bool:
@@ -214,6 +233,12 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
 def has_statistics(model: nn.Module) -> bool:
     """Whether a model has running statistics, which each rank counts on its own images."""
     return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """The buffers of a model's running statistics."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def share_statistics(model: nn.Module, ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae_et.data.loader import Batch
 from mae_et.engine.checkpoint import SaveError
-from mae_et.engine.distributed import Ranks, gather_rows, on_main
+from mae_et.engine.distributed import Ranks, as_told_by_main, gather_rows, on_main, told_by_main
 from mae_et.engine.run_folder import write_text_atomic
 from mae_et.engine.state import TrainState
 from mae_et.tracking.tracker import warn
@@ -68,20 +68,23 @@ class NonFinite:
         """Look at the count, which waits for the device; all ranks call it together.
 
         Raises:
-            TrainingError: there were `limit` such steps in a row, or more. Under fp16 only once the scaler has no
-                scale left to lower: overflow is its business.
+            TrainingError: there were `limit` such steps in a row, or more, since the last look. Under fp16 only once
+                the scaler has no scale left to lower: overflow is its business.
         """
-        in_a_row = int(state.skipped_in_a_row.item())
-        if in_a_row < self.limit or (state.scaler is not None and state.scaler.get_scale() >= 1):
+        longest, in_a_row = int(state.longest_skipped.item()), int(state.skipped_in_a_row.item())
+        state.longest_skipped.copy_(state.skipped_in_a_row)
+        if longest < self.limit or (state.scaler is not None and state.scaler.get_scale() >= 1):
             return
-        rows = recent.gather(range(state.step - in_a_row, state.step))
+        # Where the row of bad steps has ended before the look, all steps that are remembered are listed.
+        rows = recent.gather(range(state.step - in_a_row if in_a_row == longest else 0, state.step))
         on_main(self.ranks, lambda: self._write(rows))
-        raise TrainingError(
-            f"loss or gradients were not finite for {in_a_row} steps in a row (engine.max_skipped={self.limit}) up to "
+        error = TrainingError(
+            f"loss or gradients were not finite for {longest} steps in a row (engine.max_skipped={self.limit}) up to "
             f"step {state.step}; the weights are those from before, and the samples of these steps are listed in "
             f"{self.path}. engine.precision=fp32 continues the run from its last checkpoint; a lower optim.base_lr or "
             "optim.clip=1.0 is another run, with run=..."
         )
+        raise error if self.ranks.is_main else as_told_by_main(error)
 
     def _write(self, rows: list[dict[str, int]]) -> None:
         lines = (json.dumps({**row, "path": self.describe(row["image"])}) + "\n" for row in rows)
@@ -116,7 +119,7 @@ class Saving:
             self.failures += 1
             if last or self.failures >= FAILED_SAVES:
                 raise
-            if not getattr(error, "told_by_main", False):
+            if not told_by_main(error):
                 warn(f"{error}. Training goes on, and the next save is tried ({self.failures} of {FAILED_SAVES})")
         else:
             self.failures = 0

@@ -135,6 +135,7 @@ def train(
                 saving.attempt(last=done or bool(signalled))
                 last_save = time.monotonic()
             if signalled and not done:
+                stop.hear(signalled)
                 return signalled
             if looking or must_save:  # not training: neither counts as its time
                 clock = time.perf_counter()
@@ -152,4 +153,5 @@ def observe(due: Sequence[Observer], plan: Plan, state: TrainState, tracker: Tra
             tracker.log({**axes(plan, state), **found.metrics}, state.step)
         if found.pictures:
             tracker.images(found.pictures, state.step)
+    state.dismiss()
     state.network.train()

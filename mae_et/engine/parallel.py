@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,15 +31,15 @@ Layout = Literal["ddp", "fsdp"]
 
 
 def parallelise(model: nn.Module, ranks: Ranks, layout: str) -> nn.Module:
-    """The model as every rank calls it. Comes before the optimizer, because sharding replaces the parameters.
+    """The model as every rank calls it, on its device. Comes before the optimizer, as sharding replaces the parameters.
 
     Args:
-        model: on this rank's device, the same on all ranks; sharded in place.
+        model: on the host, the same on all ranks; sharded in place, so that no device holds all of it at once.
         ranks: of the run; one rank alone has the whole model in either layout.
         layout: "ddp" or "fsdp".
     """
     if layout == "ddp" or ranks.count == 1:
-        return replicate(model, ranks)
+        return replicate(model.to(ranks.device), ranks)
     shard(model, ranks)
     return model
 
@@ -60,23 +60,19 @@ def whole_copy(model: nn.Module, ranks: Ranks, layout: str) -> nn.Module | None:
     """A copy for scores and pictures of a model that is about to be sharded; None where the model itself will do.
 
     Ranks look at the model one without the others, or with unequal shares of images, which a sharded one cannot do. It
-    takes the room of the weights once more, without gradients and moments.
+    stays on the host but for the time of a look, see `TrainState.refresh`.
     """
     if layout == "ddp" or ranks.count == 1:
         return None
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-@contextmanager
-def gradients_shared(network: nn.Module, share: bool) -> Iterator[None]:
-    """Forward and backward within it average gradients over ranks, or keep them for the next micro-batch's."""
-    if isinstance(network, DistributedDataParallel) and not share:
-        with network.no_sync():
-            yield
-        return
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(share)
-    yield
+def gradients_shared(network: nn.Module, share: bool) -> AbstractContextManager[None]:
+    """Forward and backward within it average gradients over ranks, or keep them for the next micro-batch's.
+
+    Sharded ones are always averaged, since keeping them would take the room of the whole model's.
+    """
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not share else nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ class StopSignal:
     One that follows within `REPEATS_SECONDS` is the same event told twice: by a terminal or a scheduler to all
     processes of a job and by torchrun to its ranks, or by the system for each thread of a launcher that dies (two
     SIGTERM, 66 to 90 ms apart). Where SIGHUP is ignored, as under nohup, it stays so.
+
+    Once there was one, the handlers stay in force after the block, when the run has still to say goodbye: to W&B, in
+    status.json, to SLURM.
     """
 
     def __init__(self) -> None:
@@ -39,12 +42,18 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self.received is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def hear(self, number: int) -> None:
+        """Take note of a signal, maybe one that another rank received."""
+        if self.received is None:
+            self.received, self._first = number, time.monotonic()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self._first = number, time.monotonic()
+            self.hear(number)
         elif time.monotonic() - self._first > REPEATS_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

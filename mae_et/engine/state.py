@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mae_et.engine.bad_images import BadImages
 from mae_et.engine.checkpoint import Checkpoint
-from mae_et.engine.distributed import gather_rows, share_of
+from mae_et.engine.distributed import gather_rows, running_statistics, share_of
 from mae_et.engine.optim import optimizer_tensors, restore_optimizer
 from mae_et.engine.parallel import placed, whole
 from mae_et.engine.precision import Precision
@@ -37,10 +38,12 @@ class TrainState:
         seconds: spent in training so far, over all starts of the run.
         skipped, skipped_in_a_row: steps whose gradients were not finite; float32 scalars on the device, so that
             counting them does not wait for it.
+        longest_skipped: of them in a row since the last row of metrics; likewise.
         loss_sum, loss_steps: of the steps with a finite loss since the last row of metrics; float32 scalars on the
             device.
         bad_images: the ledger of images that could not be read; None until the run has its folder.
-        twin: a copy of what is evaluated, of a model that is sharded over ranks; else None.
+        twin: a copy of what is evaluated of a model that is sharded, where this rank looks at it; else None.
+        statistics: buffers that the model's forward pass changes; not given.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class TrainState:
     seconds: float = 0.0
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    longest_skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     loss_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
     bad_images: BadImages | None = None
@@ -63,6 +67,8 @@ class TrainState:
     def __post_init__(self) -> None:
         self.skipped = self.skipped.to(self.device)
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.device)
+        self.longest_skipped = self.longest_skipped.to(self.device)
+        self.statistics = running_statistics(self.model)
         self.loss_sum = self.loss_sum.to(self.device)
         self.loss_steps = self.loss_steps.to(self.device)
 
@@ -74,14 +80,24 @@ class TrainState:
         return self.model if self.average is None else self.average.module
 
     def refresh(self) -> None:
-        """Bring the copy of a sharded model up to date; all ranks call it together."""
-        if self.twin is None:
+        """Bring the copy of a sharded model up to date, on the device; all ranks call it together, with one or without.
+
+        `dismiss` ends its use.
+        """
+        if not isinstance(self.model, FSDPModule):
             return
         current = self.model if self.average is None else self.average.module
+        copies = {} if self.twin is None else self.twin.to(self.device).state_dict()
         with torch.no_grad():
-            copies = self.twin.state_dict()
             for name, tensor in current.state_dict().items():
-                copies[name].copy_(whole(tensor))
+                full = whole(tensor)
+                if name in copies:
+                    copies[name].copy_(full)
+
+    def dismiss(self) -> None:
+        """Give the device its memory back that the copy of a sharded model has taken."""
+        if self.twin is not None:
+            self.twin.to("cpu")
 
     def update_average(self) -> None:
         """Move the average towards the model's weights, if there is one."""
@@ -127,6 +143,7 @@ class TrainState:
             self.bad_images.restore(values["bad_images"], self.step)
         self.skipped.fill_(non_negative(values, "skipped"))
         self.skipped_in_a_row.fill_(non_negative(values, "skipped_in_a_row"))
+        self.longest_skipped.zero_()
         self.loss_sum.fill_(share_of(values["loss_sum"]))
         self.loss_steps.fill_(share_of(values["loss_steps"]))
         if self.selection is not None:

@@ -52,6 +52,7 @@ def train_step(
     makes its gradients so: all ranks leave the step out together. The fused optimizer is told so on the device and
     keeps weights and moments as they are.
     """
+    statistics = [buffer.clone() for buffer in state.statistics]
     losses = []
     for micro in range(accumulation):
         # Gradients are averaged over ranks once a step, with the last micro-batch.
@@ -66,15 +67,17 @@ def train_step(
     if clip is not None:
         clip_grads_with_norm_(parameters, clip, norm)
     norm = whole(norm)
-    apply_update(state, norm)
+    bad = apply_update(state, norm)
+    for buffer, before in zip(state.statistics, statistics):
+        buffer.copy_(torch.where(bad.bool(), before, buffer))
     state.update_average()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return StepResult(torch.stack(losses).mean(), norm)
 
 
-def apply_update(state: TrainState, norm: Tensor) -> None:
-    """Update the weights, unless the gradient's norm is not finite."""
+def apply_update(state: TrainState, norm: Tensor) -> Tensor:
+    """Update the weights, unless the gradient's norm is not finite; returns 1.0 on the device where it is not."""
     bad = (~torch.isfinite(norm)).float()
     if state.scaler is not None:
         # fp16 overflow is the scaler's business: it skips, lowers its scale and goes on.
@@ -90,3 +93,5 @@ def apply_update(state: TrainState, norm: Tensor) -> None:
         state.optimizer.step()
     state.skipped += bad
     state.skipped_in_a_row = (state.skipped_in_a_row + bad) * bad
+    state.longest_skipped = torch.maximum(state.longest_skipped, state.skipped_in_a_row)
+    return bad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -47,7 +48,7 @@ def read_statistics(values: Mapping[str, Any], name: str) -> tuple[float, ...] |
     found = values.get(name)
     if not found:
         return None
-    numbers = [type(value) in (int, float) and math.isfinite(value) for value in found]
+    numbers = [type(value) in (int, float) and abs(value) <= sys.float_info.max for value in found]
     if not isinstance(found, list) or not all(numbers) or (name == "std" and min(found) <= 0):
         raise ValueError(f"{name}={found!r} is not what a run keeps there")
     return tuple(found)

@@ -79,6 +79,8 @@ class Origin:
         if not isinstance(values, dict) or not {"kind", "path", "sha256"} <= values.keys() <= kinds.keys():
             raise ValueError("it does not describe where weights come from")
         wrong = [name for name, value in values.items() if not isinstance(value, kinds[name])]
+        if not wrong and not 0 <= (values.get("step") or 0) < 2**63:
+            wrong = ["step"]
         if wrong:
             raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r}")
         return cls(**values)
@@ -220,11 +222,10 @@ def _pretrained_facts(config: dict[str, Any] | None, tensors: Named, heads: int 
         numbers |= {"patch_size": model["patch_size"], "mlp_ratio": model["mlp_ratio"], "channels": channels}
         shape = read_shape({"size": data["size"], **numbers})
         mean, std = (read_statistics(data, name) for name in ("mean", "std"))
-        facts = _Facts(shape, *pixel_statistics(channels, mean, std))
+        check_tensors(shape, tensors)  # before anything is made of its numbers
+        return _Facts(shape, *pixel_statistics(channels, mean, std))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"its config.yaml does not describe a pretraining run ({error!r})") from error
-    check_tensors(shape, tensors)
-    return facts
 
 
 def _downstream_facts(run: Path, config: dict[str, Any], tensors: Named, heads: int | None) -> dict[str, Any]:

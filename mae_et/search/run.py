@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from mae_et.config import ConfigError, SearchConfig, differences, dump_config, load_config
+from mae_et.config import ConfigError, SearchConfig, differences, dump_config
+from mae_et.config.kept import kept_config
 from mae_et.curriculum.search import Candidate, Found, candidates_of, greedy, sequential
 from mae_et.curriculum.stage import as_size
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
@@ -102,7 +103,7 @@ def check_same_search(folder: RunFolder, config: SearchConfig) -> None:
     """
     if not folder.config_path.exists():
         return
-    changed = differences(load_config(folder.config_path, schema=SearchConfig), config)
+    changed = differences(kept_config(folder.config_path, SearchConfig), config)
     essential = [change for change in changed if not change.startswith(BESIDES)]
     if essential:
         raise ConfigError(

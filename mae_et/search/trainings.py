@@ -26,7 +26,7 @@ from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.search import Candidate, Cell, cell_name, cell_stages
 from mae_et.curriculum.stage import Stage
 from mae_et.engine.checkpoint import Checkpoint, latest_checkpoint
-from mae_et.engine.run_folder import write_text_atomic
+from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.exchange.backbone import Backbone
 from mae_et.finetuning import settle_start
 from mae_et.labelled_plan import build_plan as build_labelled_plan
@@ -343,10 +343,12 @@ class Trainings:
 
 
 def drop_checkpoints(folders: Sequence[Path]) -> None:
-    """Remove what runs have saved; their metrics and plans stay."""
+    """Remove what runs have saved, and what says so, that they may begin anew; their metrics and plans stay."""
     for folder in folders:
-        if (folder / "checkpoints").exists():
-            shutil.rmtree(folder / "checkpoints")
+        run = RunFolder(folder, writes=False)
+        run.status_path.unlink(missing_ok=True)
+        if run.checkpoints.exists():
+            shutil.rmtree(run.checkpoints)
 
 
 def score_text(kind: str, score: float) -> str:

@@ -18,10 +18,8 @@ from mae_et.config import (
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,
-    load_config,
-    task_of,
 )
-from mae_et.config.kept import names_of, read_kept
+from mae_et.config.kept import kept_config, kept_task, names_of, read_kept
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.checkpoint import load_checkpoint
 from mae_et.engine.distributed import choose_device
@@ -92,12 +90,15 @@ def open_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
         if not file.exists():
             raise ConfigError(f"{path} holds no run: there is no {file}")
         schemas = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-        schema = schemas.get(task_of(file))
+        schema = schemas.get(kept_task(file))
         if schema is None:
-            raise ConfigError(f"{path} holds scores of a frozen encoder: study the run that made the encoder instead")
+            raise ConfigError(
+                f"{path} holds scores of a frozen encoder, by its config.yaml: study the run that made the encoder "
+                "instead"
+            )
         if not plan.exists():
             raise ConfigError(f"{path} holds no run: there is no {plan}")
-        config = load_config(file, overrides, schema)
+        config = kept_config(file, schema, overrides)
         unique = name if names.count(name) == 1 else str(path)
         runs.append(StudiedRun(unique, path, config, read_kept(plan, plan_of)))
     return runs

@@ -157,7 +157,7 @@ def seconds_until(process: BaseProcess, limit: float) -> float:
 
 
 def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
-    """Ten runs, each killed at two random instants: every one ends in the same weights and the same metrics.
+    """Five runs, each killed at two random instants: every one ends in the same weights and the same metrics.
 
     A run saves after every second step, so that many kills fall within a save. The fork server has everything
     imported, so that the time until a kill is spent in the run.
@@ -171,7 +171,7 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
 
     seconds_until(process(tmp_path / "warm"), 120)
     whole = seconds_until(process(tmp_path / "whole"), 120)
-    for trial in range(10):
+    for trial in range(5):
         run = tmp_path / f"trial-{trial}"
         for _ in range(2):
             attempt = process(run)
@@ -182,7 +182,7 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
         assert last.exitcode == 0, f"trial {trial} did not complete"
         assert weights(run) == weights(uninterrupted), f"trial {trial}"
         assert history(run) == history(uninterrupted), f"trial {trial}"
-    assert kills >= 10
+    assert kills >= 5  # `make torture` has hundreds
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -159,16 +158,14 @@ def test_an_array_job_is_requeued_by_its_task(photos, slurm, tmp_path):
 
 
 def test_a_second_signal_ends_a_run_that_is_stuck(photos, slurm, tmp_path):
-    """It waits for an image that never comes, as from a file server that is down."""
-    images, run = tmp_path / "photos", tmp_path / "run"
-    shutil.copytree(photos, images)
-    ranks = job(images, run, 1, with_slurm(slurm), "epochs=1000")
+    """It waits for images that never come, as from a file server that is down: its data worker is stopped."""
+    run = tmp_path / "run"
+    ranks = job(photos, run, 1, with_slurm(slurm), "epochs=1000", "data.workers=1")
     wait_for_rows(run, 5, ranks)
-    for path in images.iterdir():
-        path.unlink()
-        os.mkfifo(path)
     (process,) = ranks.processes
     assert process.pid is not None
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGSTOP)
     time.sleep(1)
     os.kill(process.pid, signal.SIGUSR1)
     time.sleep(3)

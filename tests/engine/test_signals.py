@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_et.engine.signals import StopSignal, requeue, slurm_job
+from mae_et.engine.signals import STOPPING, StopSignal, requeue, slurm_job
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,24 @@ def test_requeue_says_what_went_wrong(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_is_remembered_and_handlers_come_back(number):
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None
-        signal.raise_signal(number)
-        assert stop.received == number
-    assert signal.getsignal(number) is before
+def test_a_signal_is_remembered_and_its_repeats_do_no_harm_afterwards(number):
+    before = {kind: signal.getsignal(kind) for kind in STOPPING}
+    try:
+        with StopSignal() as stop:
+            assert stop.received is None
+            signal.raise_signal(number)
+            assert stop.received == number
+        signal.raise_signal(number)  # while the run says goodbye
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def test_handlers_come_back_where_there_was_no_signal():
+    before = {kind: signal.getsignal(kind) for kind in STOPPING}
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+    assert {kind: signal.getsignal(kind) for kind in STOPPING} == before
 
 
 def test_a_second_signal_ends_the_process():

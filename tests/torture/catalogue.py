@@ -39,6 +39,7 @@ SAME = "the same command continues; weights and metrics equal the uninterrupted 
 KILLS, THREE = f"a whole checkpoint is always there; {SAME}", "3 kills"
 NAMED = "its hash tells; the run names it, continues from the one before, and ends in the same bits"
 WANDB = "people are told once; weights, metrics and exit code are those of a run without W&B"  # CI: tests/tracking
+DAMAGED = "refused by name, or the one before is used; never loaded, never a start from zero"
 REFUSED = "refused with a line that says why; nothing is changed"
 
 KINDS: dict[str, Kind] = {
@@ -86,8 +87,8 @@ KINDS: dict[str, Kind] = {
     "too_many_damaged": Kind("an error that names `data.max_bad`", 4, 1),
     "bad_config": Kind("exit code 2, a line that names the key or the file, nothing written, within 5 s", 61, 12),
     "fuzzed_config": Kind("a configuration, or an error for people", 20, 2, "20 values"),
-    "flip_or_truncate_checkpoint": Kind("refused by name, or the one before is used; never loaded, never from zero", 100, 2),
-    "damage_checkpoint": Kind("refused by name, or the one before is used; never loaded, never from zero", 100, 2),
+    "flip_or_truncate_checkpoint": Kind(DAMAGED, 100, 2),
+    "damage_checkpoint": Kind(DAMAGED, 100, 2),
     # CI leaves these to the tests of their own rooms: each takes many starts by torchrun.
     "world_sizes": Kind("the same images in the same batches; losses within rounding", 10, 0, "4 changes"),
     "two_hosts": Kind("the images and losses of one process", 3, 0),
