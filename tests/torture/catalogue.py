@@ -90,20 +90,20 @@ KINDS: dict[str, Kind] = {
     "flip_or_truncate_checkpoint": Kind(DAMAGED, 100, 2),
     "damage_checkpoint": Kind(DAMAGED, 100, 2),
     # CI leaves these to the tests of their own rooms: each takes many starts by torchrun.
-    "world_sizes": Kind("the same images in the same batches; losses within rounding", 10, 0, "4 changes"),
-    "two_hosts": Kind("the images and losses of one process", 3, 0),
-    "host_cut_off": Kind("the other goes on alone from the last checkpoint, without being asked", 5, 0),
-    "host_comes_back": Kind("it joins the run that went on without it", 3, 0),
-    "rendezvous_lost": Kind("the other ends with an error; started again, the run completes", 3, 0),
-    "wandb_install": Kind(WANDB, 15, 0, "", "W&B missing, empty, or broken on import"),
-    "wandb_keys": Kind(WANDB, 9, 0, "", "W&B logged out, or with a key that is bad or refused"),
-    "wandb_server": Kind(WANDB, 27, 0, "", "W&B's server unreachable, silent, slow, dying, or talking rubbish"),
-    "wandb_helper": Kind(WANDB, 15, 0, "", "W&B's helper process killed or frozen"),
-    "wandb_disk": Kind(WANDB, 6, 0, "", "no room, or no right to write, for W&B's files"),
+    "world_sizes": Kind("the same images in the same batches; losses within rounding", 8, 0, "4 changes"),
+    "two_hosts": Kind("the images and losses of one process", 2, 0),
+    "host_cut_off": Kind("the other goes on alone from the last checkpoint, without being asked", 3, 0),
+    "host_comes_back": Kind("it joins the run that went on without it", 2, 0),
+    "rendezvous_lost": Kind("the other ends with an error; started again, the run completes", 2, 0),
+    "wandb_install": Kind(WANDB, 12, 0, "", "W&B missing, empty, or broken on import"),
+    "wandb_keys": Kind(WANDB, 6, 0, "", "W&B logged out, or with a key that is bad or refused"),
+    "wandb_server": Kind(WANDB, 18, 0, "", "W&B's server unreachable, silent, slow, dying, or talking rubbish"),
+    "wandb_helper": Kind(WANDB, 10, 0, "", "W&B's helper process killed or frozen"),
+    "wandb_disk": Kind(WANDB, 4, 0, "", "no room, or no right to write, for W&B's files"),
     "wandb_killed": Kind(
-        f"the same W&B run continues, no row twice; {SAME}", 4, 0, "", "`kill -9` of a run that logs to W&B"
+        f"the same W&B run continues, no row twice; {SAME}", 3, 0, "", "`kill -9` of a run that logs to W&B"
     ),
-    "wandb_calls": Kind(WANDB, 24, 0, "", "a call of W&B's raises, or wants to exit"),
+    "wandb_calls": Kind(WANDB, 12, 0, "", "a call of W&B's raises, or wants to exit"),
 }
 
 
