@@ -173,9 +173,10 @@ def _execute(
             assembly.conclude(tracker, say, False)
     except Exception as error:
         lost = ranks.count > 1 and lost_peer(error)
-        known = TrainingError(LOST_PEER) if lost else error
-        status.update(state="failed", reason=str(known))
-        raise known from (error if lost else error.__cause__)
+        status.update(state="failed", reason=LOST_PEER if lost else str(error))
+        if lost:
+            raise TrainingError(LOST_PEER) from error
+        raise
     finally:
         tracker.finish(exit_code)
     if ended is not None:

@@ -1,7 +1,8 @@
-"""Running statistics of BatchNorm in a step that is left out, and ranks that do not see the same."""
+"""Ranks that do not agree: on images, clocks, or being alive; and running statistics of a step that is left out."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from mae_et.config import ConfigError, FinetuneConfig, load_config
-from mae_et.engine.tasks import Classification
+from mae_et.engine.faults import TrainingError
+from mae_et.engine.loop import LoopConfig
+from mae_et.engine.tasks import Classification, Reconstruction
 from mae_et.finetuning import finetune
+from mae_et.pretraining import pretrain
 from tests.end_to_end.labelled import TINY_FINETUNE, write_classes
 from tests.end_to_end.test_numbers import spoiled_run
-from tests.end_to_end.tiny import history
+from tests.end_to_end.tiny import arguments, history
 from tests.engine.ranks import run_ranks
 
 RESNET = ["model.name=timm/resnet10t", "data.size=32", "model.drop_path=0", "optim.layer_decay=null", "epochs=2"]
@@ -58,3 +62,37 @@ def test_ranks_that_see_other_images_are_refused(photos, tmp_path):
         (other / path.name).write_bytes(path.read_bytes())
     run_ranks(2, each_its_own, photos, other, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def one_fails(photos: Path, run: Path) -> None:
+    prepare = Reconstruction.prepare
+
+    def broken(self, batch, now, device):
+        if now.step == 3 and os.environ["RANK"] == "1":
+            raise ZeroDivisionError("of this rank")
+        return prepare(self, batch, now, device)
+
+    Reconstruction.prepare = broken
+    expected = (TrainingError, "another rank ended") if os.environ["RANK"] == "0" else (ZeroDivisionError, "this rank")
+    with pytest.raises(expected[0], match=expected[1]):
+        pretrain(load_config(None, arguments(photos, run, "engine.timeout_minutes=0.2")), say=lambda _line: None)
+
+
+def test_the_others_say_that_a_rank_is_gone(photos, tmp_path):
+    run_ranks(2, one_fails, photos, tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"][:18]) == ("failed", "another rank ended")
+
+
+def clocks_apart(photos: Path, run: Path) -> None:
+    """Ranks whose clocks differ end a race together."""
+    config = load_config(None, arguments(photos, run, "protocol.wall_hours=1", "epochs=1"))
+    rank = int(os.environ["RANK"])
+    time_is_up = LoopConfig.time_is_up
+    LoopConfig.time_is_up = lambda self, state: time_is_up(self, state) or (rank == 1 and state.step >= 4)
+    assert pretrain(config, say=lambda _line: None) == 0
+
+
+def test_a_race_ends_on_all_ranks(photos, tmp_path):
+    run_ranks(2, clocks_apart, photos, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "time is up"
