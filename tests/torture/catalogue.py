@@ -87,8 +87,10 @@ KINDS: dict[str, Kind] = {
     "too_many_damaged": Kind("an error that names `data.max_bad`", 4, 1),
     "bad_config": Kind("exit code 2, a line that names the key or the file, nothing written, within 5 s", 61, 12),
     "fuzzed_config": Kind("a configuration, or an error for people", 20, 2, "20 values"),
-    "flip_or_truncate_checkpoint": Kind(DAMAGED, 100, 2),
-    "damage_checkpoint": Kind(DAMAGED, 100, 2),
+    "flip_or_truncate_checkpoint": Kind(
+        DAMAGED, 100, 2, "", "Bits flipped in the newest checkpoints, or their ends cut off"
+    ),
+    "damage_checkpoint": Kind(DAMAGED, 100, 2, "", "The newest checkpoints damaged in any of nine ways"),
     # CI leaves these to the tests of their own rooms: each takes many starts by torchrun.
     "world_sizes": Kind("the same images in the same batches; losses within rounding", 8, 0, "4 changes"),
     "two_hosts": Kind("the images and losses of one process", 2, 0),

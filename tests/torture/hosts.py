@@ -299,7 +299,8 @@ def host_comes_back(folder: Path, seed: int) -> None:
         for agent in agents:
             assert agent.process.wait(240) == 0, agent.said[-2000:]
         starts = [line for line in agents[0].said.splitlines() if " x cpu" in line]
-        assert ["2 x" in line for line in starts] == [True, False, True], starts
+        # Where it is back before the other one has given up waiting, that one never runs alone.
+        assert ["2 x" in line for line in starts] in ([True, False, True], [True, True]), starts
     check_losses(run, reference)
 
 
