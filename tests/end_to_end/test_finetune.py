@@ -219,7 +219,7 @@ def test_labels_that_cannot_be_trained_on_are_refused(images, pretrained, tmp_pa
 
 
 def test_another_configuration_is_refused_and_named(images, tuned, pretrained):
-    with pytest.raises(ConfigError, match=r"another configuration \(.*augment.mixup: 0.8 -> 0.0"):
+    with pytest.raises(ConfigError, match=r"another configuration, by its config\.yaml \(.*augment.mixup: 0.8 -> 0.0"):
         finetune_here(images, tuned, f"checkpoint={pretrained}", "augment.mixup=0")
 
 

@@ -90,7 +90,7 @@ def test_a_finished_run_is_left_as_it_is(photos, tmp_path):
 
 def test_another_configuration_is_refused_and_named(photos, tmp_path):
     run = run_here(photos, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"another configuration \(optim.batch: 8 -> 4\)"):
+    with pytest.raises(ConfigError, match=r"another configuration, by its config\.yaml \(optim.batch: 8 -> 4\)"):
         run_here(photos, run, "optim.batch=4")
     with pytest.raises(ConfigError, match="already holds a run"):
         pretrain(load_config(None, arguments(photos, run)), resume="never", say=lambda _: None)
@@ -124,7 +124,7 @@ def test_a_changed_data_set_is_refused(photos, tmp_path):
     fewer.mkdir()
     for path in sorted(photos.iterdir())[:30]:
         (fewer / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ConfigError, match=r"made for 45 images .* this one for 30 images .* the data set has changed"):
+    with pytest.raises(ConfigError, match=r"made for 45 images .* the plan now is for 30 images .* the data set has changed"):
         run_here(fewer, run)
 
 

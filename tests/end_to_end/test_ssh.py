@@ -55,6 +55,8 @@ def launch(room: Path, *arguments: str) -> subprocess.Popen[str]:
         [str(REPOSITORY / "launch" / "ssh.sh"), "me@one", HOSTS[1], "--", *arguments],
         env={**os.environ, **place, "NCCL_DEBUG": "a b"}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A terminal's child hears Ctrl-C; where the tests run in the background, theirs would inherit not to.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
