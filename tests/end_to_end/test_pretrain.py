@@ -124,7 +124,9 @@ def test_a_changed_data_set_is_refused(photos, tmp_path):
     fewer.mkdir()
     for path in sorted(photos.iterdir())[:30]:
         (fewer / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ConfigError, match=r"made for 45 images .* the plan now is for 30 images .* the data set has changed"):
+    with pytest.raises(
+        ConfigError, match=r"made for 45 images .* the plan now is for 30 images .* the data set has changed"
+    ):
         run_here(fewer, run)
 
 
