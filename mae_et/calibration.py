@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from mae_et.config import CalibrationConfig, ConfigError, FinetuneConfig, PretrainConfig
-from mae_et.config.plain import JSON_LIMIT, read_bytes
+from mae_et.config.kept import read_kept
 from mae_et.curriculum.calibration import Calibration, StageTiming, stage_key
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.data.loader import Batch, batches_of, build_loader
 from mae_et.data.sampler import PlanSampler
-from mae_et.engine.distributed import Ranks, any_rank, from_main, join_ranks, leave_ranks, slowest
+from mae_et.engine.distributed import Ranks, any_rank, join_ranks, leave_ranks, on_main, slowest
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.engine.step import train_step
 from mae_et.planning import needs_calibration, read_calibration
@@ -70,12 +70,9 @@ def settle_calibration(
     if not needs_calibration(config):
         return None
     kept = folder.path / CALIBRATION_FILE
-    text = from_main(_kept_text(kept) if ranks.is_main and resuming and kept.exists() else None)
-    if text is not None:
-        try:
-            return Calibration.from_json(text)
-        except ValueError as error:
-            raise ConfigError(f"{kept} is damaged ({error}): put back the one that the run wrote") from None
+    found = on_main(ranks, lambda: read_kept(kept, Calibration.from_json) if resuming and kept.exists() else None)
+    if found is not None:
+        return found
     if config.calibration.file is not None:
         return read_calibration(config.calibration.file, ranks.count)
     if resuming:
@@ -84,14 +81,6 @@ def settle_calibration(
             "back, or name a copy with calibration=FILE"
         )
     return calibrate(config, ranks, rehearse, say)
-
-
-def _kept_text(path: Path) -> str:
-    """The file's text; of one that cannot be read some text that is no calibration, so that all ranks refuse it."""
-    try:
-        return read_bytes(path, JSON_LIMIT, follow=False).decode(errors="replace")
-    except (ValueError, OSError) as error:
-        return str(error)
 
 
 def calibration_records(calibration: Calibration | None) -> dict[str, str]:
@@ -146,7 +135,7 @@ def calibrate(config: PretrainConfig | FinetuneConfig, ranks: Ranks, rehearse: R
         workers=bench.workers,
         precision=state.precision.name,
         torch=str(torch.__version__),
-        date=from_main(datetime.now().astimezone().isoformat(timespec="seconds")) or "",
+        date=on_main(ranks, lambda: datetime.now().astimezone().isoformat(timespec="seconds")),
     )
 
 

@@ -71,23 +71,14 @@ def kept_start(folder: RunFolder, ranks: Ranks) -> Start | None:
         ConfigError: the files that say so are damaged.
     """
 
-    def read() -> tuple[str | None, str | None]:
+    def read() -> Start | None:
         backbone, lineage = folder.path / BACKBONE_FILE, folder.path / LINEAGE_FILE
-        return (
-            read_kept(backbone, str) if backbone.exists() else None,
-            read_kept(lineage, str) if lineage.exists() else None,
-        )
+        if not backbone.exists():
+            return None
+        parent = read_kept(lineage, Origin.from_json) if lineage.exists() else None
+        return Start(read_kept(backbone, Backbone.from_json), None, parent)
 
-    backbone, lineage = on_main(ranks, read)
-    if backbone is None:
-        return None
-    try:
-        return Start(Backbone.from_json(backbone), None, None if lineage is None else Origin.from_json(lineage))
-    except ValueError as error:
-        raise ConfigError(
-            f"{BACKBONE_FILE} or {LINEAGE_FILE} in {folder.path} is damaged ({error}): put back the ones that the run "
-            "wrote"
-        ) from None
+    return on_main(ranks, read)
 
 
 def settle_start(config: FinetuneConfig, kept: Start | None = None) -> Start:

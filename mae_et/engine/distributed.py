@@ -174,14 +174,6 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def from_main(value: str | None) -> str | None:
-    """The main rank's value, on every rank; all ranks wait for it."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
-
-
 def slowest(value: float) -> float:
     """The largest value of all ranks, on every rank; such as seconds, where all wait for the slowest."""
     if not dist.is_initialized():
@@ -225,24 +217,19 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     # Buffers are constants (positions, pixel statistics), so broadcasting them every step would be waste; but for those
     # of BatchNorm, whose statistics are then the main rank's everywhere.
     known = inspect.signature(DistributedDataParallel).parameters
-    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch >= 2.13
-    options: dict[str, Any] = {broadcast: has_statistics(model)}
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its former name
+    options: dict[str, Any] = {broadcast: bool(running_statistics(model))}
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
 
 
-def has_statistics(model: nn.Module) -> bool:
-    """Whether a model has running statistics, which each rank counts on its own images."""
-    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
-
-
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """The buffers of a model's running statistics."""
+    """The buffers of a model's running statistics, which each rank counts on its own images; [] of most models."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def share_statistics(model: nn.Module, ranks: Ranks) -> None:
     """Give all ranks the main rank's running statistics, which its checkpoint holds as well."""
-    if ranks.count > 1 and has_statistics(model):
+    if ranks.count > 1 and running_statistics(model):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
