@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import random
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from mae_et.engine.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
-from tests.engine.children import start_child, wait_child
+from tests.engine.children import mount_tmpfs, start_child, wait_child
 from tests.engine.saves import assert_loads, assert_same_bits, names, save
 
 SKIP = 77  # exit code of a child that cannot do its test here
@@ -308,25 +307,14 @@ def test_failing_to_prune_is_a_warning_because_the_checkpoint_is_safe(tmp_path, 
     assert_loads(tmp_path, 2)
 
 
-def mount_tmpfs(folder: Path, size: int) -> None:
-    """Mounts a small disk that only this process sees, and that goes away with it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_mounts, private_recursive = 0x20000, (1 << 18) | (1 << 14)  # CLONE_NEWNS; MS_PRIVATE | MS_REC
-    if (
-        libc.unshare(new_mounts)
-        or libc.mount(b"none", b"/", None, private_recursive, None)
-        or libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode())
-    ):
-        os._exit(SKIP)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs tmpfs")
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a small tmpfs")
 def test_a_really_full_disk(tmp_path):
     tensors = {"model": {"weight": torch.rand(1 << 18)}}  # 1 MiB
 
     def body() -> None:
-        mount_tmpfs(tmp_path, 3 << 19)  # 1.5 checkpoints
+        if not mount_tmpfs(tmp_path, 3 << 19):  # 1.5 checkpoints
+            os._exit(SKIP)
         save_checkpoint(tmp_path, 1, tensors, {})
         for _ in range(10):
             with pytest.raises(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from mae_et.engine import checkpoint
 from mae_et.tracking import read_metrics
+from tests.engine.children import mount_tmpfs
 from tests.torture.runs import (
     PLAIN,
     Skipped,
@@ -35,13 +35,7 @@ def small_disk(folder: Path, size: int) -> Path:
     """
     disk = folder / "disk"
     disk.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_mounts, private_recursive = 0x20000, (1 << 18) | (1 << 14)  # CLONE_NEWNS; MS_PRIVATE | MS_REC
-    if (
-        libc.unshare(new_mounts)
-        or libc.mount(b"none", b"/", None, private_recursive, None)
-        or libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, f"size={size}".encode())
-    ):
+    if not mount_tmpfs(disk, size):
         raise Skipped("needs root, and a machine that lets it mount a tmpfs")
     return disk
 
