@@ -16,8 +16,8 @@ from mae_et.curriculum.stage import as_size
 from mae_et.exchange.records import check_arguments, read_model, read_shape, read_statistics
 from mae_et.exchange.weights import Weights
 from mae_et.models.backbones import build_backbone
-from mae_et.models.classifier import pixel_statistics
 from mae_et.models.locality import CONVOLUTION, add_locality
+from mae_et.models.normalised import pixel_statistics
 from mae_et.models.vit import Pooling, ViTShape, build_vit
 from mae_et.sizes import ENCODER_SIZES
 

@@ -26,7 +26,7 @@ from mae_et.exchange.onnx_vit import read_onnx
 from mae_et.exchange.records import as_heads, read_model, read_shape, read_statistics
 from mae_et.exchange.shapes import check_tensors, infer_shape
 from mae_et.exchange.torch_files import read_torch
-from mae_et.models.classifier import pixel_statistics
+from mae_et.models.normalised import pixel_statistics
 from mae_et.models.posembed import sincos_positions
 from mae_et.models.vit import ViTShape, encoder_tensors
 from mae_et.sizes import ENCODER_SIZES

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mae_et.models.classifier import pixel_statistics
 from mae_et.models.decoder import Decoder
 from mae_et.models.encoder import Encoder
 from mae_et.models.masking import gather_tokens, split_by_noise
+from mae_et.models.normalised import pixel_statistics
 from mae_et.models.posembed import PositionKind, sincos_positions
 from mae_et.models.targets import make_targets
 from mae_et.sizes import TargetKind, target_values

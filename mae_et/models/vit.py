@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_et.models.locality import add_locality
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "none"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def build_vit(
     Args:
         shape: of the transformer.
         classes: outputs; 0 for pooled features.
-        pooling: "mean" of the patches, or the class token ("cls").
+        pooling: "mean" of the patches, the class token ("cls"), or "none" for dense tasks, which take all patches and
+            have no use for a class token: there is none then, whatever the shape says.
         drop_path: of the last block; it rises linearly from 0 at the first.
     """
     net = VisionTransformer(
@@ -67,13 +68,13 @@ def build_vit(
         patch_size=shape.patch_size,
         in_chans=shape.channels,
         num_classes=classes,
-        global_pool="avg" if pooling == "mean" else "token",
+        global_pool="avg" if pooling == "mean" else "token" if pooling == "cls" else "",
         embed_dim=shape.width,
         depth=shape.depth,
         num_heads=shape.heads,
         mlp_ratio=shape.mlp_ratio,
         init_values=1.0 if shape.layer_scale else None,
-        class_token=shape.class_token,
+        class_token=shape.class_token and pooling != "none",
         drop_path_rate=drop_path,
         norm_layer=partial(LayerNorm, eps=1e-6),
         dynamic_img_size=True,

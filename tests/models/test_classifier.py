@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 
-from mae_et.models.classifier import Classifier, FrozenProbe, head_name, pixel_statistics, reset_head
+from mae_et.models.classifier import Classifier, FrozenProbe, head_name, reset_head
 from mae_et.models.encoder import Encoder
+from mae_et.models.normalised import pixel_statistics
 from mae_et.models.vit import ViTShape, build_vit
 
 SHAPE = ViTShape((24, 32), 8, 3, width=16, depth=2, heads=2)

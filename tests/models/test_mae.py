@@ -11,10 +11,10 @@ import torch
 from timm.layers.attention import Attention
 from torch import nn
 
-from mae_et.models.classifier import IMAGENET_MEAN, IMAGENET_STD
 from mae_et.models.encoder import Encoder
 from mae_et.models.mae import MAEOutput, MaskedAutoencoder
 from mae_et.models.masking import gather_tokens, mask_noise
+from mae_et.models.normalised import IMAGENET_MEAN, IMAGENET_STD
 from mae_et.models.posembed import sincos_positions
 from mae_et.ops import hog_targets, patchify, unpatchify
 from mae_et.sizes import ENCODER_SIZES
