@@ -8,9 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mae_et import reproduction, search, studies
-from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, ProbeConfig, load_config, task_of
+from mae_et.config import (
+    ConfigError,
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    SegmentConfig,
+    load_config,
+    task_of,
+)
 from mae_et.curriculum import Plan
 from mae_et.curriculum.calibration import Calibration
+from mae_et.engine.signals import follow_launcher
 from mae_et.planning import read_calibration
 
 if TYPE_CHECKING:
@@ -44,9 +54,9 @@ def labelled_plan(config: FinetuneConfig, frozen: bool = False, calibration: Cal
     Raises:
         ConfigError: there are neither.
     """
-    from mae_et.finetuning import settle_start
     from mae_et.labelled import open_labelled
     from mae_et.labelled_plan import build_plan
+    from mae_et.supervised import settle_start
 
     backbone = settle_start(config).backbone
     data, ranks = config.data, 1 if calibration is None else calibration.processes
@@ -107,6 +117,14 @@ def plan(options: argparse.Namespace) -> int:
         if config.protocol != "mae":
             raise ConfigError(f"protocol={config.protocol} works on features that are computed once: it has no plan")
         print(plan_table(labelled_plan(as_finetuning(config), frozen=True)))
+    elif task == "detect":
+        from mae_et.detecting import plan_detection
+
+        print(plan_table(plan_detection(load_config(options.config, options.overrides, DetectConfig))))
+    elif task == "segment":
+        from mae_et.segmenting import plan_segmentation
+
+        print(plan_table(plan_segmentation(load_config(options.config, options.overrides, SegmentConfig))))
     else:
         from mae_et.planning import build_plan
 
@@ -161,6 +179,24 @@ def knn(options: argparse.Namespace) -> int:
     return neighbours(config)
 
 
+def detect(options: argparse.Namespace) -> int:
+    """Train a detector on a checkpoint's network, or examine one."""
+    follow_launcher()  # before imports that take seconds
+    from mae_et.detecting import detect as train
+
+    config = load_config(options.config, options.overrides, DetectConfig)
+    return train(config, options.resume, only_evaluate=options.eval)
+
+
+def segment(options: argparse.Namespace) -> int:
+    """Train a segmenter on a checkpoint's network, or examine one."""
+    follow_launcher()
+    from mae_et.segmenting import segment as train
+
+    config = load_config(options.config, options.overrides, SegmentConfig)
+    return train(config, options.resume, only_evaluate=options.eval)
+
+
 def export(options: argparse.Namespace) -> int:
     """Write a checkpoint for others to open: timm, transformers, ONNX."""
     from mae_et.exporting import export_checkpoint
@@ -195,6 +231,18 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("knn", help="weighted nearest neighbours: checkpoint=runs/x data=cifar100")
     command.add_argument("--config", help="a recipe of configs/probe/, or a file of your own")
     command.set_defaults(action=knn)
+
+    for name, action, what in (
+        ("detect", detect, "boxes and instance masks: train a detector on a checkpoint's network"),
+        ("segment", segment, "a class for every pixel: train a segmenter on a checkpoint's network"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--config", required=True, help=f"a recipe of configs/{name}/, or a file of your own")
+        command.add_argument(
+            "--resume", default="auto", help="as of finetune.py: auto (default), never, or a checkpoint"
+        )
+        command.add_argument("--eval", action="store_true", help="examine the run's last checkpoint, and train nothing")
+        command.set_defaults(action=action)
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
 

@@ -12,8 +12,8 @@ from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.exchange.export import Exported, ExportError, ExportFacts, ExportForm, export
 from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Weights, WeightsError, open_weights
-from mae_et.finetuning import CLASSES_FILE
 from mae_et.models.vit import Pooling
+from mae_et.supervised import CLASSES_FILE
 
 CROP_FRACTION = 0.875  # MAE's 224 of 256 px
 

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
-from torch import nn
 
+from mae_et import supervised
 from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, FinetuneConfig
-from mae_et.config.kept import read_kept
 from mae_et.curriculum.calibration import Calibration
 from mae_et.curriculum.time_table import time_table
 from mae_et.data.augment import TrainTransform
 from mae_et.data.loader import RequestDataset
-from mae_et.engine.distributed import Ranks, on_main
-from mae_et.engine.optim import OptimizerSettings, build_optimizer, supervised_groups
-from mae_et.engine.parallel import parallelise, shard, whole_copy
-from mae_et.engine.precision import Precision, choose_attention
+from mae_et.engine.distributed import Ranks
+from mae_et.engine.optim import supervised_groups
 from mae_et.engine.run_folder import RunFolder
 from mae_et.engine.selection import choose_selection, selected
 from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Classification
 from mae_et.evaluation.accuracy import AccuracyObserver, Examination
 from mae_et.examination import conclude
-from mae_et.exchange.backbone import Backbone, choose_backbone
+from mae_et.exchange.backbone import Backbone
 from mae_et.exchange.matching import load_weights
-from mae_et.exchange.weights import Origin, Weights, open_weights
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.labelled_plan import build_plan, examination_size
 from mae_et.models.backbones import scaled_drop_path
@@ -45,53 +39,7 @@ from mae_et.running import (
     loop_config,
     main_first,
 )
-
-BACKBONE_FILE, LINEAGE_FILE, CLASSES_FILE = "backbone.json", "lineage.json", "classes.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run begins with.
-
-    Attributes:
-        backbone: the network.
-        weights: for it; None from scratch, and for a run that continues.
-        parent: where they came from.
-    """
-
-    backbone: Backbone
-    weights: Weights | None
-    parent: Origin | None
-
-
-def kept_start(folder: RunFolder, ranks: Ranks) -> Start | None:
-    """What a run that continues began with: it no longer needs the checkpoint. None where its folder does not say.
-
-    Raises:
-        ConfigError: the files that say so are damaged.
-    """
-
-    def read() -> Start | None:
-        backbone, lineage = folder.path / BACKBONE_FILE, folder.path / LINEAGE_FILE
-        if not backbone.exists():
-            return None
-        parent = read_kept(lineage, Origin.from_json) if lineage.exists() else None
-        return Start(read_kept(backbone, Backbone.from_json), None, parent)
-
-    return on_main(ranks, read)
-
-
-def settle_start(config: FinetuneConfig, kept: Start | None = None) -> Start:
-    """The network and its first weights; those of a run that continues are `kept`.
-
-    Raises:
-        ConfigError, WeightsError: nothing says which network, or the checkpoint cannot be used.
-    """
-    if kept is not None:
-        return kept
-    weights = None if config.checkpoint is None else open_weights(config.checkpoint, config.model.heads)
-    backbone = choose_backbone(config.model, config.data, weights)
-    return Start(backbone, weights, None if weights is None else weights.origin)
+from mae_et.supervised import Start, kept_start, records, settle_start
 
 
 def drop_path(config: FinetuneConfig, epochs: float | None = None) -> float:
@@ -155,46 +103,11 @@ def build_model(
     return Classifier(net, start.backbone.mean, start.backbone.std)
 
 
-def compile_blocks(net: nn.Module, choice: str, device: torch.device) -> None:
-    """Compile a ViT's blocks one by one; other networks run as they are."""
-    blocks = getattr(net, "blocks", ())
-    if choice == "always" or (choice == "auto" and device.type == "cuda"):
-        for block in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ():
-            block.compile(dynamic=True)
-
-
 def build_state(config: FinetuneConfig, model: Classifier, ranks: Ranks) -> TrainState:
     """Optimizer, average and number format, on this rank's device."""
     optim = config.optim
-    compile_blocks(model.net, config.engine.compile, ranks.device)
-    precision = Precision.choose(config.engine.precision, ranks.device)
-    choose_attention(model, precision)
-    settings = OptimizerSettings(optim.name, optim.weight_decay, (optim.betas[0], optim.betas[1]), optim.momentum)
-    layout = config.engine.parallel
-    twin = whole_copy(model, ranks, layout)
-    average = None if optim.ema is None else running_average(model, optim.ema, ranks, layout)
-    network = parallelise(model, ranks, layout)
-    groups = supervised_groups(model.net, optim.weight_decay, optim.layer_decay)
-    return TrainState(
-        model=model,
-        network=network,
-        twin=twin,
-        optimizer=build_optimizer(groups, settings),
-        precision=precision,
-        device=ranks.device,
-        scaler=precision.scaler(),
-        average=average,
-    )
-
-
-def running_average(model: Classifier, decay: float, ranks: Ranks, layout: str) -> ModelEmaV3:
-    """An average of the model's weights, laid out over ranks as the model is about to be."""
-    average = ModelEmaV3(model, decay=decay, foreach=layout == "ddp")  # torch.lerp_ of lists takes no mixed layouts
-    if layout == "fsdp" and ranks.count > 1:
-        shard(average.module, ranks)
-    else:
-        average.module.to(ranks.device)
-    return average
+    groups = partial(supervised_groups, model.net, optim.weight_decay, optim.layer_decay)
+    return supervised.build_state(config, model, model.net, groups, ranks)
 
 
 def build_task(config: FinetuneConfig, classes: int) -> Classification:
@@ -310,7 +223,7 @@ def assemble_labelled(
         loop=loop_config(config, config.protocol, ranks, config.optim.accumulation, config.optim.clip),
         repeats=repeats,
         parent=start.parent,
-        records={**records(start, images), **calibration_records(calibration)},
+        records={**records(start, images.classes), **calibration_records(calibration)},
         conclude=partial(conclude, state, plan, images, how, ranks, folder),
     )
 
@@ -320,9 +233,3 @@ def watch(
 ) -> Sequence[AccuracyObserver]:
     """Accuracy on held-out images during training, on all ranks; nothing where none are held out."""
     return [] if images.val is None else [AccuracyObserver(state, images.val, how, ranks, every)]
-
-
-def records(start: Start, images: LabelledImages) -> dict[str, str]:
-    """What the run's folder keeps of its beginning, so that it continues and is opened without the parent."""
-    kept = {BACKBONE_FILE: start.backbone.to_json(), CLASSES_FILE: json.dumps(images.classes, indent=0)}
-    return kept if start.parent is None else {**kept, LINEAGE_FILE: json.dumps(asdict(start.parent), indent=1)}

@@ -36,17 +36,7 @@ from mae_et.examination import conclude
 from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.exchange.matching import load_weights
 from mae_et.exchange.weights import Weights, open_weights
-from mae_et.finetuning import (
-    Start,
-    build_task,
-    build_transform,
-    compile_blocks,
-    examination,
-    kept_start,
-    records,
-    settle_start,
-    watch,
-)
+from mae_et.finetuning import build_task, build_transform, examination, watch
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.labelled_plan import build_plan
 from mae_et.models.classifier import Classifier, FrozenProbe
@@ -60,6 +50,7 @@ from mae_et.running import (
     main_first,
     prepare_device,
 )
+from mae_et.supervised import Start, compile_blocks, kept_start, records, settle_start
 
 SCORES_FILE = "scores.json"
 PROTOCOLS = {
@@ -123,7 +114,7 @@ def train_probe(config: ProbeConfig, resume: str, say: Say) -> int:
             observers=watch(state, images, how, ranks, config.evaluation.every),
             loop=loop_config(config, ProtocolConfig(), ranks, config.optim.accumulation, config.optim.clip),
             parent=start.parent,
-            records=records(start, images),
+            records=records(start, images.classes),
             conclude=partial(conclude, state, plan, images, how, ranks, folder),
         )
 

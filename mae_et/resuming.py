@@ -9,7 +9,7 @@ from mae_et.config import ConfigError, RunConfig, differences
 from mae_et.config.kept import kept_config, read_kept
 from mae_et.config.plain import read_yaml
 from mae_et.curriculum.plan import Plan
-from mae_et.data.sources import Source
+from mae_et.data.replacing import Readable
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from mae_et.engine.distributed import Ranks, gather_objects, on_main
 from mae_et.engine.parallel import gathered, share_checkpoint
@@ -135,7 +135,7 @@ def save_state(state: TrainState, folder: RunFolder, keep: int, ranks: Ranks, st
     on_main(ranks, write)
 
 
-def check_same_everywhere(source: Source, plan: Plan) -> None:
+def check_same_everywhere(source: Readable, plan: Plan) -> None:
     """Refuse to train where ranks see other images or another plan; all ranks call it together.
 
     Raises:

@@ -20,7 +20,7 @@ from mae_et.config import ConfigError, ProtocolConfig, RunConfig, dump_config
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.table import plan_table
 from mae_et.data.decode import ImageError
-from mae_et.data.loader import DataError, RequestDataset, batches_of, build_loader
+from mae_et.data.loader import DataError, SampleDataset, batches_of, build_loader
 from mae_et.data.replay import replayed
 from mae_et.data.sampler import PlanSampler
 from mae_et.data.selection import PassSampler
@@ -87,7 +87,7 @@ class Assembly:
 
     title: str
     plan: Plan
-    dataset: RequestDataset
+    dataset: SampleDataset
     task: Task
     state: TrainState
     observers: Sequence[Observer]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mae_et.config.images import ImageDataConfig, NetworkConfig
 from mae_et.config.sections import (
     SOURCES,
     CalibrationConfig,
@@ -20,50 +21,25 @@ from mae_et.config.sections import (
 
 
 @dataclass
-class LabelledDataConfig:
+class LabelledDataConfig(ImageDataConfig):
     """Labelled images: which of them train, choose and test, and how a worker crops them."""
 
     source: str = "imagenet1k"  # one of SOURCES; `data=cifar100` or `data=/my/folder` is short for source and root
-    root: str | None = None  # folder or list file; null takes the source's usual place
-    train_split: str = "train"
-    val_split: str | None = None  # null: "val" where the source has "test" besides, else `holdout` of train
-    test_split: str | None = None  # null: "test", or "val" where there is no "test"
-    holdout: float = 0.1  # share of each train class that chooses settings, where no split does; 0 keeps all to train
     shots: int | None = None  # train on so many images a class; null takes all
-    subset_seed: int = 0  # of `holdout` and `shots`: which images, whatever the run's own seed
-    images: int | None = None  # number of training images, for `plan` without the data; null counts them
-    classes: int | None = None  # likewise
     download: bool = True
-    size: Any = None  # final B in px, a number or [height, width]; null is the checkpoint's, or 224
-    channels: int | None = None  # null is the checkpoint's, or 3
-    mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null is the checkpoint's, or ImageNet's
-    std: list[float] | None = None
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of RandomResizedCrop
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # aspect of RandomResizedCrop
-    flip: bool = True
     downsample: str = "resize"  # resize, lanczos, fourier, fourier_pixel0, bilinear, nearest
     repeats: int = 1  # repeated augmentation: views of an image within a batch
-    max_pixels: int = 100_000_000  # larger images are refused from their header
-    max_bad: float = 0.01  # share of the images that may be unreadable; they are replaced, and listed in the run folder
-    workers: int | None = None  # processes per rank; null chooses by device and cores
-    timeout_minutes: float = 15.0  # that a worker may take for a batch before the run stops
 
     CHOICES: ClassVar[Choices] = {
         "source": SOURCES,
         "downsample": ("resize", "lanczos", "fourier", "fourier_pixel0", "bilinear", "nearest"),
     }
     RANGES: ClassVar[Ranges] = {
-        "holdout": (0, 0.999999, True),
+        **ImageDataConfig.RANGES,
         "shots": (1, math.inf, True),
-        "subset_seed": (0, 2**63 - 1, True),
-        "images": (1, math.inf, True),
-        "classes": (1, math.inf, True),
-        "channels": (1, 3, True),
         "repeats": (1, math.inf, True),
-        "workers": (0, math.inf, True),
-        "max_pixels": (1, math.inf, True),
-        "max_bad": (0, 1, True),
-        "timeout_minutes": (0, math.inf, False),
     }
     PAIRS: ClassVar[tuple[str, ...]] = ("scale", "ratio")
 
@@ -95,34 +71,19 @@ class AugmentConfig:
 
 
 @dataclass
-class ClassifierConfig:
-    """The network: the checkpoint's own, one of timm's, or one of our sizes."""
+class ClassifierConfig(NetworkConfig):
+    """A network and its head."""
 
-    name: str | None = None  # null: the checkpoint's; timm/<any>; vit_tiny, vit_small, vit_base, vit_large, vit_huge
-    patch_size: int = 16  # of vit_*, as the four numbers below
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float = 4.0
-    arguments: dict[str, Any] = field(default_factory=dict)  # for timm's constructor, e.g. {depths: [2, 2, 4, 2]}
-    locality: bool = False  # of plain ViTs from scratch: a 3x3 convolution in each feed-forward layer (LocalViT)
     pooling: str = "mean"  # of ViTs: mean of the patches, or cls
-    drop_path: float = 0.1
     drop_path_epochs: float | None = None  # the budget at which drop_path holds; it scales with the run's own
     head_std: float = 2e-5  # of the new head's weights
 
     CHOICES: ClassVar[Choices] = {"pooling": ("mean", "cls")}
     RANGES: ClassVar[Ranges] = {
-        "patch_size": (1, math.inf, True),
-        "width": (4, math.inf, True),
-        "depth": (1, math.inf, True),
-        "heads": (1, math.inf, True),
-        "mlp_ratio": (0, math.inf, False),
-        "drop_path": (0, 0.999999, True),
+        **NetworkConfig.RANGES,
         "drop_path_epochs": (0, math.inf, False),
         "head_std": (0, math.inf, False),
     }
-    FREE_FORM: ClassVar[tuple[str, ...]] = ("arguments",)
 
 
 @dataclass

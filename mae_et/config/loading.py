@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mae_et.config.plain import read_yaml, refuse_interpolation
 from mae_et.config.pretrain import PretrainConfig
-from mae_et.config.sections import SOURCES, Choices, Ranges, RunConfig
+from mae_et.config.sections import Choices, Ranges, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -51,7 +51,7 @@ def load_config(
             raise ConfigError(f"override {override!r} is not of the form key=value, e.g. optim.batch=256")
         layers.append((override, _read_override(override)))
     for origin, values in layers:
-        _expand(values)
+        _expand(values, schema())
         _refuse_unknown(origin, values, known, free_form)
         _refuse_flat(origin, values, schema())
         try:
@@ -153,12 +153,12 @@ def _check_range(key: str, value: float | None, bounds: tuple[float, float, bool
     raise ConfigError(f"{key}={value} is out of range: it must be {bound}")
 
 
-def _expand(values: dict[Any, Any]) -> None:
+def _expand(values: dict[Any, Any], config: Any) -> None:
     """Spell out what may be said in one word.
 
     `model=timm/resnet50` is `model.name`, `curriculum=efficienttrain_pp` is `curriculum.preset`, `calibration=FILE` is
     `calibration.file`, `selection=infobatch` is `selection.method`, `data=cifar100` is `data.source`, and
-    `data=/photos` is the folder (or list file) at /photos.
+    `data=/photos` is the folder (or list file) at /photos, or the root of a source that is known already.
     `curriculum=my.yaml` takes the stages of a file, such as `python -m mae_et search` writes.
     """
     if str(values.get("curriculum")).endswith((".yaml", ".yml")):
@@ -169,15 +169,16 @@ def _expand(values: dict[Any, Any]) -> None:
     if isinstance(values.get("curriculum"), dict):
         _only_schedule(values["curriculum"])
     short = values.get("data")
-    if not isinstance(short, str):
+    if not isinstance(short, str) or not hasattr(config, "data"):
         return
-    if short in SOURCES:
+    sources = config.data.CHOICES["source"]
+    if short in sources:
         values["data"] = {"source": short}
     elif "/" in short or Path(short).exists():
         kind = "list" if Path(short).suffix == ".txt" else "folder"
-        values["data"] = {"source": kind, "root": short}
+        values["data"] = {"source": kind, "root": short} if kind in sources else {"root": short}
     else:
-        _check_choice("data", short, SOURCES)
+        _check_choice("data", short, sources)
 
 
 def _only_schedule(curriculum: dict[Any, Any]) -> None:

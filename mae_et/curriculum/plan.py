@@ -232,6 +232,15 @@ class Plan:
         """The first step that begins at or after `u`; the number of steps if none does."""
         return bisect_left(range(self.total_steps), u, key=self.u)
 
+    def passes(self, every: float | None, done: int) -> bool:
+        """Whether the last of `done` steps went past a multiple of `every`, a fraction of the compute.
+
+        Not at the plan's end, and never for None.
+        """
+        if done == self.total_steps or every is None:
+            return False
+        return int(self.compute_fraction(done) / every) > int(self.compute_fraction(done - 1) / every)
+
     def at(self, step: int) -> StepPlan:
         """What `step` (0 .. total_steps - 1) sees.
 
@@ -271,7 +280,7 @@ class Plan:
             ValueError, LookupError, TypeError, AttributeError: the values are of no plan.
         """
         stages = tuple(PlannedStage(**_with_tuples(stage)) for stage in values["stages"])
-        rate = LearningRate(**values["learning_rate"])
+        rate = LearningRate(**_with_tuples(values["learning_rate"]))
         # Plans from before there was a reference size took the largest stage.
         largest = max((stage.bandwidth for stage in stages), key=lambda size: size[0] * size[1])
         plain = _with_tuples({"reference_size": largest, **values})
@@ -302,6 +311,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "float | None": lambda value: value is None or _is_number(value),
     "tuple[int, int]": lambda value: _is_pair(value, _is_count),
     "tuple[float, float]": lambda value: _is_pair(value, _is_number),
+    "tuple[float, ...]": lambda value: isinstance(value, tuple) and all(map(_is_number, value)),
     "tuple[float, float] | None": lambda value: value is None or _is_pair(value, _is_number),
 }
 """Whether a value is of a type, by the type's name."""

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mae_et.data.decode import ImageError
 from mae_et.data.parents import when_parent_dies
-from mae_et.data.randomness import REPLACEMENT_STREAM, uniform_stream
+from mae_et.data.replacing import BadImage, Readable, Reader
 from mae_et.data.requests import SampleRequest
 from mae_et.data.sources import Source
-
-TRIES = 10  # images in a row; a folder that is gone looks like that, a folder with damaged images in it does not
 
 
 class DataError(RuntimeError):
     """The data path failed, not an image: a worker died, was killed, or says nothing any more."""
 
 
-class BadImage(NamedTuple):
-    """An image that could not be read: its index in the source, and what is wrong with it."""
+class Samples(Protocol):
+    """What the engine knows of a batch, whatever its task.
 
-    image: int
-    error: str
+    Attributes:
+        seeds, indices, bad: as of `Batch`, on the host.
+    """
+
+    @property
+    def seeds(self) -> Tensor: ...
+
+    @property
+    def indices(self) -> Tensor: ...
+
+    @property
+    def bad(self) -> tuple[BadImage, ...]: ...
+
+
+class SampleDataset(Protocol):
+    """Turns lists of requests into batches, as torch's loader asks a dataset to.
+
+    Attributes:
+        source: what is read.
+    """
+
+    @property
+    def source(self) -> Readable: ...
+
+    def __getitems__(self, requests: list[SampleRequest]) -> Any: ...
 
 
 class Batch(NamedTuple):
@@ -75,13 +95,13 @@ class RequestDataset(Dataset[Batch]):
     """
 
     def __init__(self, source: Source, transform: Callable[[Tensor, SampleRequest], Tensor], replace: bool = False):
-        self.source, self.transform, self.replace = source, transform, replace
+        self.source, self.transform, self.reader = source, transform, Reader(source, replace)
 
     def __getitems__(self, requests: list[SampleRequest]) -> Batch:
         bad: list[BadImage] = []
         images, labels = [], []
         for request in requests:
-            image, shown = self._read(request, bad)
+            image, shown = self.reader.read(request, self.source.image, bad)
             images.append(self.transform(image, request))
             labels.append(self.source.label(shown))
         return Batch(
@@ -92,49 +112,8 @@ class RequestDataset(Dataset[Batch]):
             bad=tuple(bad),
         )
 
-    def _read(self, request: SampleRequest, bad: list[BadImage]) -> tuple[Tensor, int]:
-        """The request's image, or one in its place, uint8 [C, H, W], and which one it is; adds those that failed.
 
-        Raises:
-            ImageError: the image cannot be read; with replacement, so many in a row that more is wrong than an image.
-        """
-        failed: list[BadImage] = []
-        for candidate in self._candidates(request):
-            try:
-                image = self.source.image(candidate)
-            except ImageError as error:
-                if not self.replace:
-                    raise
-                failed.append(BadImage(candidate, str(error)))
-            else:
-                bad += failed
-                return image, candidate
-        raise ImageError(_all_failed(failed, len(self.source), self.source.name))
-
-    def _candidates(self, request: SampleRequest) -> Iterator[int]:
-        """The image that is asked for, then others drawn from the request's seed, none of them twice."""
-        yield request.image
-        count, tried = len(self.source), {request.image}
-        draws = uniform_stream(request.seed, REPLACEMENT_STREAM)
-        while len(tried) < min(TRIES, count):
-            drawn = int(next(draws) * count)
-            while drawn in tried:
-                drawn = (drawn + 1) % count
-            tried.add(drawn)
-            yield drawn
-
-
-def _all_failed(failed: Sequence[BadImage], images: int, name: str) -> str:
-    if images == 1:
-        return f"the only image of {name} cannot be read: {failed[0].error}; mend it, or check data.root"
-    what = f"{len(failed)} images in a row" if images > len(failed) else f"all {images} images"
-    return (
-        f"{what} of {name} could not be read, the first of them {failed[0].error}; is the disk or the network share "
-        "with the images still there? When it is back, the same command continues a run from its last checkpoint"
-    )
-
-
-def whole(batch: Any) -> Batch:
+def whole(batch: Any) -> Any:
     """Collate function: `__getitems__` returns a finished batch."""
     return batch
 
@@ -156,12 +135,12 @@ def outlive_signals(_worker: int) -> None:
 
 
 def build_loader(
-    dataset: RequestDataset,
+    dataset: SampleDataset,
     sampler: Sampler[list[SampleRequest]],
     workers: int,
     pin_memory: bool,
     timeout_seconds: float = 0,
-) -> DataLoader[Batch]:
+) -> DataLoader[Any]:
     """A loader for the whole run: its workers live through all stages.
 
     Args:
@@ -172,7 +151,7 @@ def build_loader(
             reading without workers.
     """
     return DataLoader(
-        dataset,
+        dataset,  # pyright: ignore[reportArgumentType] - `__getitems__` is all that it asks for
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=whole,
@@ -185,7 +164,7 @@ def build_loader(
 
 
 @contextmanager
-def batches_of(loader: DataLoader[Batch], times: Iterable[object] = (None,)) -> Iterator[Iterator[Batch]]:
+def batches_of(loader: DataLoader[Any], times: Iterable[object] = (None,)) -> Iterator[Iterator[Any]]:
     """What a loader makes of its sampler; its workers end with the block, also when an error leaves it.
 
     Otherwise they would live for as long as something refers to the error's traceback.
@@ -210,7 +189,7 @@ def batches_of(loader: DataLoader[Batch], times: Iterable[object] = (None,)) -> 
                 raise
             raise DataError(_lost_worker(error, loader, iterator)) from error
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Any]:
         nonlocal iterator
         for _ in times:
             # Torch's own iterator, which persistent workers make the same one every time.
@@ -230,7 +209,7 @@ def batches_of(loader: DataLoader[Batch], times: Iterable[object] = (None,)) -> 
         _end_workers(iterator, at_once=failed)
 
 
-def _lost_worker(error: BaseException, loader: DataLoader[Batch], iterator: Any) -> str:
+def _lost_worker(error: BaseException, loader: DataLoader[Any], iterator: Any) -> str:
     """What became of the workers, and what to do, for people."""
     workers: list[BaseProcess] = getattr(iterator, "_workers", [])
     silent = "timed out" in str(error)

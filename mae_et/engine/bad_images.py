@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Samples
 from mae_et.engine.distributed import any_rank, as_told_by_main, gather_objects
 from mae_et.tracking.jsonl import JsonlTracker, truncate_metrics
 
@@ -41,7 +41,7 @@ class BadImages:
         self._noted_replaced = 0
         self._file_step: int | None = 0  # up to which the file's rows hold; None once the others are dropped
 
-    def note(self, batch: Batch) -> None:
+    def note(self, batch: Samples) -> None:
         """Remember what this rank could not read of a micro-batch."""
         if not batch.bad:
             return

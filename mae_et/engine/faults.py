@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Samples
 from mae_et.engine.checkpoint import SaveError
 from mae_et.engine.distributed import Ranks, as_told_by_main, gather_rows, on_main, told_by_main
 from mae_et.engine.run_folder import write_text_atomic
@@ -34,7 +34,7 @@ class RecentSamples:
     def __init__(self, micro_batches: int):
         self._held: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=micro_batches)
 
-    def note(self, step: int, batch: Batch) -> None:
+    def note(self, step: int, batch: Samples) -> None:
         """Remember a micro-batch of a step; nothing of it may be on the device yet."""
         # Copies, because a worker's tensors hold on to pieces of shared memory.
         self._held.append((step, batch.indices.clone(), batch.seeds.clone()))

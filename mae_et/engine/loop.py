@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mae_et.curriculum.plan import Plan
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Samples
 from mae_et.engine.distributed import largest
 from mae_et.engine.faults import NonFinite, RecentSamples, Saving
 from mae_et.engine.meter import Meter, TimedBatches, axes, row
@@ -69,7 +69,7 @@ class LoopConfig:
 def train(
     state: TrainState,
     plan: Plan,
-    batches: Iterator[Batch],
+    batches: Iterator[Samples],
     task: Task,
     config: LoopConfig,
     tracker: Tracker,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mae_et.curriculum.plan import Plan, StepPlan
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Samples
 from mae_et.engine.distributed import mean_over_ranks
 from mae_et.engine.state import TrainState
 from mae_et.engine.step import StepResult
@@ -18,13 +18,13 @@ from mae_et.engine.step import StepResult
 class TimedBatches:
     """An iterator that knows how long its consumer waited, and shows each batch to others as it passes."""
 
-    def __init__(self, batches: Iterator[Batch], *watchers: Callable[[Batch], None]):
+    def __init__(self, batches: Iterator[Samples], *watchers: Callable[[Samples], None]):
         self._batches, self._watchers, self.waited = batches, watchers, 0.0
 
     def __iter__(self) -> TimedBatches:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Samples:
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started

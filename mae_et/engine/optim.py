@@ -46,21 +46,31 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
-def supervised_groups(net: nn.Module, weight_decay: float, layer_decay: float | None) -> Groups:
+def supervised_groups(
+    net: nn.Module, weight_decay: float, layer_decay: float | None, model: nn.Module | None = None
+) -> Groups:
     """Groups of one of timm's networks: one learning rate a layer, and what is exempt from weight decay.
 
     A group's learning rate is `lr_scale` of the schedule's: d^(layers - layer) for layer decay d, with `layer_ids`.
     Vectors do not decay, nor does what the network itself exempts: position embeddings and class tokens.
+
+    Args:
+        net: of timm.
+        weight_decay: of what is not exempt.
+        layer_decay: d; None is one rate for all.
+        model: that holds the network among other parts, which come after its last layer.
     """
     exempt = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # pyright: ignore[reportCallIssue]
     layers = {} if layer_decay is None else layer_ids(net)
-    last = max(layers.values(), default=0)
+    last = max(layers.values(), default=0) + (model is not None and not isinstance(net, VisionTransformer))
+    inside = {id(parameter): name for name, parameter in net.named_parameters()}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in net.named_parameters():
+    for parameter in (net if model is None else model).parameters():
         if not parameter.requires_grad:
             continue
+        name = inside.get(id(parameter))
         spared = parameter.ndim <= 1 or name in exempt
-        layer = last if layer_decay is None else layers[name]
+        layer = last if layer_decay is None or name is None else layers[name]
         group = {"params": [], "weight_decay": 0.0 if spared else weight_decay}
         if layer_decay is not None:
             group["lr_scale"] = layer_decay ** (last - layer)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_et.curriculum.plan import StepPlan
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Samples
 from mae_et.engine.optim import set_learning_rate
 from mae_et.engine.parallel import gradients_shared, whole
 from mae_et.engine.state import TrainState
@@ -24,7 +24,7 @@ class StepResult(NamedTuple):
     gradient_norm: Tensor
 
 
-def micro_step(state: TrainState, batch: Batch, now: StepPlan, task: Task, share: float) -> Tensor:
+def micro_step(state: TrainState, batch: Samples, now: StepPlan, task: Task, share: float) -> Tensor:
     """Forward and backward of one micro-batch; returns its loss, detached."""
     inputs = task.prepare(batch, now, state.device)
     with state.precision.autocast():
@@ -44,7 +44,7 @@ def finite_or_nan(loss: Tensor) -> Tensor:
 
 
 def train_step(
-    state: TrainState, batches: Iterator[Batch], now: StepPlan, task: Task, accumulation: int, clip: float | None
+    state: TrainState, batches: Iterator[Samples], now: StepPlan, task: Task, accumulation: int, clip: float | None
 ) -> StepResult:
     """One step of the plan on `accumulation` micro-batches of this rank.
 

@@ -28,7 +28,7 @@ def filtered(images: Tensor, now: StepPlan) -> Tensor:
 class Task(Protocol):
     """Turns batches into losses. Stateless: a step depends on its batch and its place in the plan alone."""
 
-    def prepare(self, batch: Batch, now: StepPlan, device: torch.device) -> Any:
+    def prepare(self, batch: Any, now: StepPlan, device: torch.device) -> Any:
         """Inputs on the device, made in fp32; nothing here may wait for the device."""
         ...
 

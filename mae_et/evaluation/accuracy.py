@@ -69,10 +69,7 @@ class AccuracyObserver:
 
     def due(self, plan: Plan, done: int) -> bool:
         """Whether a multiple of `every` lies within the last step."""
-        if done == plan.total_steps or self.every is None:
-            return False
-        before, after = plan.compute_fraction(done - 1), plan.compute_fraction(done)
-        return int(after / self.every) > int(before / self.every)
+        return plan.passes(self.every, done)
 
     def observe(self, plan: Plan, done: int) -> Observation:
         """Look, at the final size or at that of the stage just seen."""

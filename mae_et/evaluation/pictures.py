@@ -11,8 +11,8 @@ from torch import Tensor
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.stage import format_size
 from mae_et.data.decode import ImageError
-from mae_et.data.loader import TRIES
 from mae_et.data.randomness import sample_seed
+from mae_et.data.replacing import TRIES
 from mae_et.data.requests import SampleRequest
 from mae_et.data.sources import Source
 from mae_et.data.transforms import CropTransform

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mae_et.config import ClassifierConfig, ConfigError, LabelledDataConfig
+from mae_et.config import ConfigError, ImageDataConfig, NetworkConfig
 from mae_et.config.plain import parse_json
 from mae_et.curriculum.stage import as_size
 from mae_et.exchange.records import check_arguments, read_model, read_shape, read_statistics
@@ -118,7 +118,7 @@ class Backbone:
         return found
 
 
-def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: Weights | None) -> Backbone:
+def choose_backbone(model: NetworkConfig, data: ImageDataConfig, weights: Weights | None) -> Backbone:
     """The network that a configuration and a checkpoint come to; what the configuration names wins.
 
     Raises:
@@ -158,7 +158,7 @@ def choose_backbone(model: ClassifierConfig, data: LabelledDataConfig, weights: 
     return Backbone(size, channels, mean, std, shape, norm_follows_pooling=norm_follows_pooling)
 
 
-def settled_locality(model: ClassifierConfig, weights: Weights | None) -> bool:
+def settled_locality(model: NetworkConfig, weights: Weights | None) -> bool:
     """Whether feed-forward layers hold a convolution: as in the checkpoint, or from scratch as configured.
 
     Raises:
@@ -175,7 +175,7 @@ def settled_locality(model: ClassifierConfig, weights: Weights | None) -> bool:
     return in_checkpoint
 
 
-def configured_shape(model: ClassifierConfig, size: tuple[int, int], channels: int) -> ViTShape:
+def configured_shape(model: NetworkConfig, size: tuple[int, int], channels: int) -> ViTShape:
     """The shape of one of our named sizes, with the numbers that the configuration changes.
 
     Raises:

@@ -38,6 +38,7 @@ _FORMS = (
     "or timm/<name>"
 )
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx")
+_TRUNK = "trunk.net."  # of detectors and of segmenters
 _RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _OF_DECODERS = re.compile(r"decoder_.*|mask_token")  # of MAE's files; DINOv2's hold a mask token, too
 
@@ -158,7 +159,7 @@ def _from_run(path: Path, heads: int | None) -> Weights:
     if any(name.startswith("encoder.") for name in stored):
         shape, mean, std = _pretrained_facts(config, tensors, heads)
         return Weights(_checked(tensors), shape, None, mean, std, origin, dropped=dropped)
-    if not any(name.startswith("net.") for name in stored):
+    if not any(name.startswith(("net.", _TRUNK)) for name in stored):
         raise ValueError("its checkpoint holds neither an encoder nor a network")
     facts = _downstream_facts(run, config or {}, tensors, heads)
     return Weights(_checked(tensors), origin=origin, dropped=dropped, **facts)
@@ -289,6 +290,9 @@ def _backbone(stored: Named) -> tuple[Named, tuple[str, ...]]:
     if "encoder.patch_embed.proj.weight" in stored:
         kept = encoder_tensors(stored)
         return kept, tuple(name for name in stored if not name.startswith("encoder."))
+    if any(name.startswith(_TRUNK) for name in stored):
+        kept = {name.removeprefix(_TRUNK): t for name, t in stored.items() if name.startswith(_TRUNK)}
+        return kept, tuple(name for name in stored if not name.startswith(_TRUNK))
     if any(name.startswith("net.") for name in stored):
         kept = {name.removeprefix("net."): t for name, t in stored.items() if name.startswith(("net.", "head."))}
         return kept, tuple(name for name in stored if not name.startswith(("net.", "head.")))

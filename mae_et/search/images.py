@@ -10,9 +10,9 @@ from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, SearchCon
 from mae_et.data.sources import Source
 from mae_et.data.splits import Subset, check_labels, hold_out
 from mae_et.evaluation.features import subset_indices
-from mae_et.finetuning import settle_start
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.pretraining import build_source
+from mae_et.supervised import settle_start
 
 
 @dataclass(frozen=True)

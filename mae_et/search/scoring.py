@@ -25,7 +25,7 @@ from mae_et.evaluation.scores import LabelledSets, embed_with, score
 from mae_et.examination import REPORT_FILE
 from mae_et.finetuning import build_model as build_classifier
 from mae_et.finetuning import build_state as classifier_state
-from mae_et.finetuning import examination, settle_start
+from mae_et.finetuning import examination
 from mae_et.labelled import LabelledImages
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masking import mask_noise
@@ -33,6 +33,7 @@ from mae_et.planning import final_size
 from mae_et.pretraining import build_state
 from mae_et.resuming import restore
 from mae_et.search.images import SearchImages
+from mae_et.supervised import settle_start
 from mae_et.training import start
 
 # Which kinds of training a score is of.

@@ -28,12 +28,12 @@ from mae_et.curriculum.stage import Stage
 from mae_et.engine.checkpoint import Checkpoint, latest_checkpoint
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.exchange.backbone import Backbone
-from mae_et.finetuning import settle_start
 from mae_et.labelled_plan import build_plan as build_labelled_plan
 from mae_et.planning import build_plan, final_size
 from mae_et.running import Say
 from mae_et.search.images import SearchImages
 from mae_et.search.scoring import fine_tune, score_checkpoint, tuning_config
+from mae_et.supervised import settle_start
 from mae_et.training import start
 
 SCORE_FILE = "score.json"

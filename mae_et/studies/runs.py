@@ -26,11 +26,11 @@ from mae_et.engine.distributed import choose_device
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.exchange.weights import open_weights
-from mae_et.finetuning import BACKBONE_FILE, CLASSES_FILE
 from mae_et.labelled_plan import examination_size
 from mae_et.models.classifier import Classifier
 from mae_et.planning import plan_of
 from mae_et.probing import frozen_encoder
+from mae_et.supervised import BACKBONE_FILE, CLASSES_FILE
 
 
 class Kept(NamedTuple):

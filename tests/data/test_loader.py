@@ -18,8 +18,6 @@ from torch.utils.data import Sampler
 
 from mae_et.data.decode import ImageError
 from mae_et.data.loader import (
-    TRIES,
-    BadImage,
     Batch,
     DataError,
     RequestDataset,
@@ -27,6 +25,7 @@ from mae_et.data.loader import (
     build_loader,
 )
 from mae_et.data.randomness import REPLACEMENT_STREAM, sample_seed, uniforms
+from mae_et.data.replacing import TRIES, BadImage
 from mae_et.data.requests import SampleRequest
 from mae_et.data.sources import open_source
 from mae_et.data.transforms import CropTransform

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_et.data.loader import BadImage, Batch
+from mae_et.data.loader import Batch
+from mae_et.data.replacing import BadImage
 from mae_et.engine.bad_images import BadImages, BadImagesError
 from mae_et.tracking import read_metrics
 
