@@ -115,7 +115,7 @@ def fit(
 
 def peer_of_detector(config: DetectConfig, seconds: float, rate: float) -> str:
     """AP of torchvision's detector on the run's test images."""
-    images = detecting.open_objects(config, 3)
+    images = detecting.open_objects(config, 3, print)
     masks, size = detecting.wants_masks(config), as_size(config.data.size)
     model = detector(len(images.classes), masks, size)
     dataset = detecting.parts(config).dataset(images.train)

@@ -251,7 +251,7 @@ class Parts(Generic[S, M]):
     """What makes a run one of detection, or one of segmentation.
 
     Attributes:
-        open_images: by the channels of the network.
+        open_images: (channels of the network, say) to the images.
         build_model: (start, classes, say) to the model, from torch's global generator.
         multiply_adds: of a forward pass of one training image of a size.
         dataset: of the training images.
@@ -260,7 +260,7 @@ class Parts(Generic[S, M]):
         conclude: (state, plan, images, ranks, folder, tracker, say, again), as of `running.Assembly`.
     """
 
-    open_images: Callable[[int], AnnotatedImages[S]]
+    open_images: Callable[[int, Say], AnnotatedImages[S]]
     build_model: Callable[[Start, int, Say], M]
     multiply_adds: Callable[[M, Size], float]
     dataset: Callable[[S], SampleDataset]
@@ -279,7 +279,7 @@ def plan_dense(config: DenseConfig, parts: Parts[S, M], ranks: int = 1) -> Plan:
     images, classes = data.images, data.classes
     if images is None or classes is None:
         try:
-            opened = parts.open_images(start.backbone.channels)
+            opened = parts.open_images(start.backbone.channels, print)
         except ConfigError as error:
             raise ConfigError(f"{error}\n(a plan needs only their numbers: data.images=... data.classes=...)") from None
         images, classes = len(opened.train), len(opened.classes)
@@ -312,9 +312,10 @@ def run_dense(
 
     def assemble(folder: RunFolder, ranks: Ranks, resuming: bool) -> Assembly:
         start = settle_dense_start(config, kept_start(folder, ranks) if resuming else None)
+        quiet = say if ranks.is_main else lambda _line: None
         with main_first(ranks):
-            images = parts.open_images(start.backbone.channels)
-        return assemble_dense(config, parts, start, images, folder, ranks, say if ranks.is_main else lambda _line: None)
+            images = parts.open_images(start.backbone.channels, quiet)
+        return assemble_dense(config, parts, start, images, folder, ranks, quiet)
 
     return execute(config, assemble, resume, say, only_evaluate, until)
 

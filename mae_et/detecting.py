@@ -85,7 +85,7 @@ def parts(config: DetectConfig) -> Parts[DetectionSource, Detector]:
     )
 
 
-def open_objects(config: DetectConfig, channels: int, say: Say = print) -> Images:
+def open_objects(config: DetectConfig, channels: int, say: Say) -> Images:
     """Open the splits, and say what was left out of them.
 
     Raises:

@@ -29,7 +29,7 @@ from mae_et.engine.meter import axes
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
 from mae_et.engine.state import TrainState
 from mae_et.evaluation.scenes import SegmentationObserver, draw_scenes, examine_segmenter, metrics
-from mae_et.evaluation.segmentation import SceneExamination, SegmentationResult, worst_iou_table, write_per_class_csv
+from mae_et.evaluation.segmentation import SceneExamination, SegmentationResult, worst_iou_table, write_iou_csv
 from mae_et.examination import REPORT_FILE
 from mae_et.models.segmentation import Segmenter, build_segmenter, segmenter_multiply_adds
 from mae_et.running import Say, choose_workers
@@ -56,7 +56,7 @@ def parts(config: SegmentConfig) -> Parts[SegmentationSource, Segmenter]:
     data = config.data
     scale = (data.scale[0], data.scale[1])
     return Parts(
-        open_images=partial(open_scenes, config),
+        open_images=lambda channels, _say: open_scenes(config, channels),
         build_model=partial(build_model, config),
         multiply_adds=segmenter_multiply_adds,
         dataset=lambda train: SceneDataset(
@@ -192,7 +192,7 @@ def conclude(
         scored[f"{final}_many_scales"] = examine_segmenter(state, sources[final], many, ranks, workers)
     if not ranks.is_main:
         return
-    write_per_class_csv(folder.path / "per_class.csv", results[final], images.classes)
+    write_iou_csv(folder.path / "per_class.csv", results[final], images.classes)
     picture = folder.pictures / "scenes.png"
     draw_scenes(picture, state, sources[final], how, config.evaluation.drawn, f"{final}, step {state.step:,}")
     report = {"step": state.step, **{name: summary(result) for name, result in scored.items()}}

@@ -192,8 +192,6 @@ class DetectionTally:
         """Bring the images of all ranks together, at the end; every rank then has the same."""
         for images in gather_objects(self._images):
             self._images.update(images)
-        # By number, so that equal scores are ranked alike for any number of ranks.
-        self._images = dict(sorted(self._images.items()))
         return self
 
     def result(self) -> DetectionResult:
@@ -204,6 +202,7 @@ class DetectionTally:
         """
         if not self._images:
             raise ValueError("there is no image to score; is the test split empty?")
+        # By number, so that equal scores are ranked alike for any number of ranks.
         images = [self._images[number] for number in sorted(self._images)]
         true_labels = np.concatenate([image.true_labels[~image.crowd] for image in images])
         objects = np.bincount(true_labels, minlength=self.classes)

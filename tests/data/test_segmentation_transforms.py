@@ -158,7 +158,7 @@ def test_largest_share():
     labels = torch.tensor([[0, 0, 3], [IGNORE, IGNORE, IGNORE]], dtype=torch.uint8)
     assert largest_share(labels) == pytest.approx(2 / 3)
     assert largest_share(torch.full((4, 4), IGNORE, dtype=torch.uint8)) == 1
-    assert largest_share(torch.full((4, 4), 254, dtype=torch.uint8)) == 1
+    assert largest_share(torch.tensor([[254, 254, 0]], dtype=torch.uint8)) == pytest.approx(2 / 3)
 
 
 def test_a_crop_of_one_class_is_drawn_anew():

@@ -292,7 +292,7 @@ def test_drop_path_follows_the_seeds():
     assert len(set(losses)) > 1
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("retinanet", 60), ("mask_rcnn", 90), ("cascade_rcnn", 90)])
+@pytest.mark.parametrize(("kind", "steps"), [("retinanet", 60), ("cascade_rcnn", 90)])
 def test_learns_one_picture(kind, steps):
     """Average precision 1 at IoU 0.5: the best box of each class is the one object that it has."""
     model = detector(kind, representation=64, samples=32)
@@ -310,8 +310,6 @@ def check_found(found, target):
         best = of_class[0]
         assert box_iou(found["boxes"][best][None], box[None]) > 0.5
         assert found["scores"][best] == found["scores"][of_class].max()
-        if "masks" in found:
-            assert found["masks"][best].mean() > 0.8  # rectangles fill their boxes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,8 +209,9 @@ def test_dropout_follows_the_seeds():
     assert not torch.equal(dropped, _drop_channels(x, seeds, 0.25, salt=8))
 
 
-def test_randomness_is_of_training_with_seeds():
-    segmenter = build(drop_path=0.5, dropout=0.5).train()
+@pytest.mark.parametrize("options", [{"drop_path": 0.5, "dropout": 0.0}, {"dropout": 0.5}])
+def test_randomness_is_of_training_with_seeds(options):
+    segmenter = build(**options).train()
     first, second, other = (segmenter(photos(), torch.tensor(s))["logits"] for s in ([1, 2], [1, 2], [3, 2]))
     assert torch.equal(first, second)
     assert not torch.equal(first[0], other[0])
