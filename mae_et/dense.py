@@ -51,13 +51,14 @@ def settle_dense_start(config: DenseConfig, kept: Start | None = None) -> Start:
     return replace(start, backbone=replace(start.backbone, shape=replace(shape, class_token=False)))
 
 
-def dense_trunk(config: DenseConfig, start: Start, kind: Kind, say: Say) -> Trunk:
+def dense_trunk(config: DenseConfig, start: Start, kind: Kind, say: Say, least_stride: int = 1) -> Trunk:
     """The network with its first weights, giving a pyramid of maps or its plain map; from torch's global generator.
 
     Args:
         config, start: of the run.
         kind: "pyramid" or "map".
         say: where the report on weights goes.
+        least_stride: of the pyramid's levels, in px.
 
     Raises:
         ConfigError: the network cannot be built, gives no maps, or does not take the final size.
@@ -78,6 +79,8 @@ def dense_trunk(config: DenseConfig, start: Start, kind: Kind, say: Say) -> Trun
             checkpointing=model.checkpointing,
             # Statistics of a network from scratch are those of nothing.
             frozen_norm=model.frozen_norm and start.parent is not None,
+            least_stride=least_stride,
+            size=start.backbone.size,
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None

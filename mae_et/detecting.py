@@ -44,6 +44,7 @@ from mae_et.evaluation.objects import (
 )
 from mae_et.examination import REPORT_FILE
 from mae_et.models.detection import Detector, build_detector, head_multiply_adds
+from mae_et.models.retinanet import LEAST_STRIDE
 from mae_et.models.trunk import trunk_multiply_adds
 from mae_et.running import Say, choose_workers
 from mae_et.supervised import Start
@@ -115,7 +116,7 @@ def build_model(config: DetectConfig, start: Start, classes: int, say: Say) -> D
         ConfigError, WeightsError: see `dense_trunk`.
     """
     model, testing = config.model, config.evaluation
-    trunk = dense_trunk(config, start, "pyramid", say)
+    trunk = dense_trunk(config, start, "pyramid", say, LEAST_STRIDE if model.head == "retinanet" else 1)
     check_grain("evaluation.size", examined_size(config, start.backbone.size), trunk)
     return build_detector(
         trunk,
@@ -127,6 +128,7 @@ def build_model(config: DetectConfig, start: Start, classes: int, say: Say) -> D
         representation=model.representation,
         mask_channels=model.mask_channels,
         samples=model.samples,
+        anchor_scale=model.anchor_scale,
         detections=testing.most,
         score_threshold=testing.score,
         nms_threshold=testing.overlap,

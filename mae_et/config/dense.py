@@ -69,6 +69,7 @@ class DetectorConfig(TrunkConfig):
     box_head: str = "mlp"  # of R-CNNs: mlp (2 layers), conv (4 convolutions and a layer)
     representation: int = 1024  # width of the box head
     mask_channels: int = 256  # width of the mask head
+    anchor_scale: float = 1.0  # of anchors over the published ones, which begin at 32 px
     samples: int = 512  # of R-CNNs: proposals that training takes of an image
 
     CHOICES: ClassVar[Choices] = {**TrunkConfig.CHOICES, "head": DETECTORS, "box_head": ("mlp", "conv")}
@@ -76,6 +77,7 @@ class DetectorConfig(TrunkConfig):
         **TrunkConfig.RANGES,
         "representation": (1, math.inf, True),
         "mask_channels": (1, math.inf, True),
+        "anchor_scale": (0, math.inf, False),
         "samples": (4, math.inf, True),
     }
 

@@ -16,6 +16,11 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 AnchorSizes = Sequence[Sequence[float]]
 
 
+def scaled_sizes(strides: Sequence[int], sizes: Sequence[float], scale: float) -> AnchorSizes:
+    """Sizes in px of every level, from sizes in strides and a factor for all."""
+    return [[scale * size * stride for size in sizes] for stride in strides]
+
+
 class LevelAnchors(AnchorGenerator):
     """torchvision's anchors at the strides that the levels have, in float32, with a note of those in the padding.
 

@@ -17,12 +17,12 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from mae_et.models.anchors import AnchorSizes, FloatRPNHead, LevelAnchors, ProposalNetwork
+from mae_et.models.anchors import AnchorSizes, FloatRPNHead, LevelAnchors, ProposalNetwork, scaled_sizes
 from mae_et.models.cascade import CascadeHeads
 from mae_et.models.drop_path import SampleDraws
 from mae_et.models.normalised import Normalised
 from mae_et.models.pyramid import ChannelNorm
-from mae_et.models.retinanet import RetinaHead
+from mae_et.models.retinanet import RETINA_SIZES, RetinaHead, retina_levels
 from mae_et.models.sampling import ANCHOR_STREAM, PROPOSAL_STREAM, SeededSampler
 from mae_et.models.trunk import Trunk
 
@@ -185,6 +185,7 @@ def build_detector(
     mask_channels: int = 256,
     samples: int = 512,
     anchor_sizes: AnchorSizes | None = None,
+    anchor_scale: float = 1.0,
     detections: int = 100,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
@@ -205,6 +206,7 @@ def build_detector(
         samples: proposals that training takes of an image; 512 with a pyramid (FPN, section 5.2).
         anchor_sizes: px, for each level. By default 8 strides with R-CNNs (32 to 512 px at strides 4 to 64; FPN,
             section 4.1), and see `RetinaHead`.
+        anchor_scale: of the sizes by default; less for objects that are small in images of few px.
         detections, score_threshold, nms_threshold: what evaluation keeps of an image; detectron2's and torchvision's
             numbers for COCO.
 
@@ -216,8 +218,10 @@ def build_detector(
     channels, strides = trunk.channels, trunk.strides
     kept = {"score_thresh": score_threshold, "nms_thresh": nms_threshold, "detections_per_img": detections}
     if kind == "retinanet":
+        anchor_sizes = anchor_sizes or scaled_sizes(retina_levels(strides), RETINA_SIZES, anchor_scale)
         head = RetinaHead(channels, strides, classes, anchor_sizes, detections, score_threshold, nms_threshold)
         return Detector(trunk, head, mean, std)
+    anchor_sizes = anchor_sizes or scaled_sizes([*strides, 2 * strides[-1]], (8,), anchor_scale)
     rpn = _proposal_network(channels, strides, anchor_sizes, depth=2 if box_head == "conv" else 1)
     norm = ChannelNorm if box_head == "conv" else None
 
@@ -263,12 +267,10 @@ def head_multiply_adds(detector: Detector, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 2
 
 
-def _proposal_network(
-    channels: int, strides: Sequence[int], anchor_sizes: AnchorSizes | None, depth: int
-) -> ProposalNetwork:
+def _proposal_network(channels: int, strides: Sequence[int], anchor_sizes: AnchorSizes, depth: int) -> ProposalNetwork:
     """Numbers of Faster R-CNN's section 3.1 and 3.3 and FPN's 4.1, as in torchvision."""
     levels = [*strides, 2 * strides[-1]]
-    anchors = LevelAnchors(levels, anchor_sizes or [[8 * stride] for stride in levels])
+    anchors = LevelAnchors(levels, anchor_sizes)
     return ProposalNetwork(
         anchors,
         FloatRPNHead(channels, anchors.num_anchors_per_location()[0], depth),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from timm.layers.helpers import to_2tuple
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +18,7 @@ from mae_et.curriculum.stage import format_size
 from mae_et.models.backbones import _without_data, multiply_adds, stride
 from mae_et.models.pyramid import LEVELS, ChannelNorm, SimplePyramid, pyramid_scales
 from mae_et.models.vit_features import ViTFeatures, check_vit, spread
+from mae_et.models.windows import keep_windows
 
 Kind = Literal["pyramid", "map"]
 Taps = Literal["last", "spread"]
@@ -129,6 +131,7 @@ def build_trunk(
     taps: Taps = "last",
     checkpointing: bool = False,
     frozen_norm: bool = True,
+    least_stride: int = 1,
     size: Size | None = None,
 ) -> Trunk:
     """A trunk around a network that has its weights already.
@@ -146,6 +149,7 @@ def build_trunk(
             of each quarter: 2, 5, 8 and 11 of 12, where BEiT's and MAE's UperNet takes 3, 5, 7 and 11.
         checkpointing: compute activations again in the backward pass, block by block.
         frozen_norm: see `Trunk`. Networks that were not pretrained need it off.
+        least_stride: px per cell; levels with less are left out of a pyramid, for heads that have no use for them.
         size: (height, width) in px that the network is tried with, without computing anything; None takes the one that
             it was built for.
 
@@ -158,17 +162,21 @@ def build_trunk(
     if not info or not hasattr(net, "forward_intermediates"):
         raise ValueError(f"{_name(net)} gives no maps (`forward_intermediates`): choose another model of timm")
     plain = len({level["reduction"] for level in info}) == 1
-    used = info[-1:] if plain or kind == "map" else info[-LEVELS:]
+    staged = [level for level in info[-LEVELS:] if level["reduction"] >= least_stride]
+    used = info[-1:] if plain or kind == "map" else staged
+    grain = stride(net)
+    scales = [scale for scale in pyramid_scales(grain) if grain / scale >= least_stride]
+    if isinstance(net, SwinTransformer):
+        keep_windows(net)
     if isinstance(net, VisionTransformer):
-        features: Features = _vit_features(net, window, global_blocks, taps, checkpointing)
+        features: Features = _vit_features(net, window, global_blocks, taps, len(scales), checkpointing)
     else:
         features = _timm_features(net, len(info), len(used), plain, window, taps, checkpointing)
     widths = _try_out(net, features, size or _own_size(net))
-    strides, grain = [int(level["reduction"]) for level in used], stride(net)
+    strides = [int(level["reduction"]) for level in used]
     if kind == "map":
         return Trunk(net, features, nn.Identity(), widths[-1], strides, grain, frozen_norm)
     if plain:
-        scales = pyramid_scales(grain)
         strides = [int(grain / scale) for scale in scales]
         return Trunk(
             net, features, SimplePyramid(widths[-1], channels, scales), channels, strides, strides[-1], frozen_norm
@@ -197,11 +205,12 @@ def trunk_multiply_adds(trunk: Trunk, size: Size, channels: int) -> float:
 
 
 def _vit_features(
-    net: VisionTransformer, window: int | None, global_blocks: int, taps: Taps, checkpointing: bool
+    net: VisionTransformer, window: int | None, global_blocks: int, taps: Taps, levels: int, checkpointing: bool
 ) -> ViTFeatures:
+    """The last block's map, or one for each of the `levels` coarsest of four."""
     check_vit(net, window, global_blocks)
     depth = len(net.blocks)
-    numbers = spread(depth, LEVELS) if taps == "spread" else (depth - 1,)
+    numbers = spread(depth, LEVELS)[-levels:] if taps == "spread" else (depth - 1,)
     return ViTFeatures(numbers, window, spread(depth, global_blocks), checkpointing)
 
 

@@ -34,6 +34,12 @@ def scaled_window(window: Pair, final_grid: Pair, grid: Pair) -> Pair:
     return rows, columns
 
 
+def fitting_window(window: Pair, grid: Pair) -> Pair:
+    """The window of any feature map that it fits into; less where the map is less."""
+    rows, columns = (min(w, side) for w, side in zip(window, grid))
+    return rows, columns
+
+
 def bicubic_weights(length: int, wanted: int) -> Tensor:
     """What each of `length` samples gives to each of `wanted`, half-pixel centres: float32 [wanted, length]."""
     lines = torch.eye(length, dtype=torch.float64)[None, None]
@@ -173,6 +179,7 @@ class WindowBlock(nn.Module):
         rows, columns = to_2tuple(block.input_resolution)
         self.final_grid = (int(rows), int(columns))
         self.shifts = any(block.target_shift_size)
+        self.follows = True
         # In timm's order, by which optimizers number parameters.
         self.norm1 = block.norm1
         self.attn = WindowAttention(block.attn)
@@ -192,7 +199,7 @@ class WindowBlock(nn.Module):
 
     def _new_layout(self, grid: Pair, device: torch.device) -> Layout:
         final = self.attn.window_size
-        window = scaled_window(final, self.final_grid, grid)
+        window = scaled_window(final, self.final_grid, grid) if self.follows else fitting_window(final, grid)
         rows, columns = (w // 2 if self.shifts and w < side else 0 for w, side in zip(window, grid))
         mask = None
         if rows or columns:
@@ -231,6 +238,16 @@ def follow_windows(model: SwinTransformer) -> None:
                 raise ValueError("always_partition=True keeps windows from following B: leave it out of the arguments")
             blocks[index] = WindowBlock(cast(SwinTransformerBlock, block))
     cast(PatchEmbed, model.patch_embed).strict_img_size = False
+
+
+def keep_windows(model: SwinTransformer) -> None:
+    """Let a Swin that follows B have the same windows at all sizes, as detectors and segmenters have them.
+
+    What they see differs in size, not in scale: a window should hold as many pixels in each.
+    """
+    for module in model.modules():
+        if isinstance(module, WindowBlock):
+            module.follows = False
 
 
 def load_tables(model: SwinTransformer, source: SwinTransformer) -> None:

@@ -16,6 +16,7 @@ from mae_et.models.backbones import build_backbone
 from mae_et.models.drop_path import SampleDraws
 from mae_et.models.trunk import Trunk, build_trunk, check_trunk, trunk_multiply_adds
 from mae_et.models.vit import ViTShape, build_vit
+from mae_et.models.windows import WindowBlock
 
 SWIN = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
 RESNET = {"channels": (8, 8, 16, 16)}
@@ -182,9 +183,32 @@ def test_cost_of_a_vit_by_hand():
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_cost_of_stages_grows_with_the_map(name):
     trunk = build_trunk(network(name), channels=12)
+    # Whole windows of Swin, which are the same at both sizes.
     small, large = (trunk_multiply_adds(trunk, (side, 64), 3) for side in (64, 128))
     assert small > 0
-    assert large == 2 * small if name == "resnet18" else large > 2 * small
+    assert large == 2 * small
+
+
+def test_swin_has_the_same_windows_at_all_sizes():
+    trunk = build_trunk(network("swin_tiny_patch4_window7_224"), channels=12)
+    blocks = [module for module in trunk.net.modules() if isinstance(module, WindowBlock)]
+    assert blocks
+    for grid in ((16, 16), (32, 44), (9, 7)):
+        assert {block.layout(grid, torch.device("cpu")).window for block in blocks} == {(2, 2)}
+    assert blocks[0].layout((1, 9), torch.device("cpu")).window == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet18"])
+def test_levels_that_a_head_has_no_use_for_are_left_out(name):
+    """And have no parameters, whose gradients DDP would wait for."""
+    build = (lambda: vit(depth=4)) if name == "vit" else (lambda: network(name))
+    whole, coarse = (build_trunk(build(), channels=12, least_stride=stride) for stride in (1, 6))
+    assert whole.strides[0] < 6
+    assert coarse.strides == tuple(stride for stride in whole.strides if stride >= 6)
+    maps = coarse(torch.zeros(1, 3, 64, 64))
+    assert [64 // level.shape[2] for level in maps] == list(coarse.strides)
+    total(maps).backward()
+    assert all(parameter.grad is not None for parameter in coarse.parameters() if parameter.requires_grad)
 
 
 def test_sizes_that_do_not_fit_are_refused():
