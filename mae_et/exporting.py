@@ -15,6 +15,7 @@ from mae_et.exchange.weights import Weights, WeightsError, open_weights
 from mae_et.models.vit import Pooling
 from mae_et.supervised import CLASSES_FILE
 
+DENSE = ("detect", "segment")  # runs whose network has no head of its own
 CROP_FRACTION = 0.875  # MAE's 224 of 256 px
 
 
@@ -50,7 +51,7 @@ def export_checkpoint(
     classes = class_names(weights)
     chosen = settle_pooling(weights, backbone, pooling)
     net = backbone.build(len(classes), chosen or "mean")
-    say(load_weights(net, weights, fresh=()).text())
+    say(load_weights(net, weights, fresh=(), norm_to_fc_norm=True).text())
     facts = ExportFacts(
         shape=backbone.shape,
         pooling=chosen,
@@ -72,6 +73,8 @@ def export_checkpoint(
 
 def class_names(weights: Weights) -> tuple[str, ...]:
     """Names of a head's classes, () without a head: those that the run kept, else numbers."""
+    if (weights.origin.config or {}).get("task") in DENSE:
+        return ()  # they are of its head for boxes or pixels, which stays behind
     if weights.origin.kind == "run":
         kept = Path(weights.origin.path).parent.parent / CLASSES_FILE
         if kept.exists():

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+from contextlib import redirect_stdout
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+
+from mae_et.__main__ import main
+from mae_et.curriculum import Plan, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # An NVIDIA H100's dense bf16 rate, as its data sheet gives it.
@@ -53,6 +61,45 @@ def written(path: Path, pattern: str) -> re.Match[str]:
     matches = [match for line in header(path) if (match := re.fullmatch(pattern, line))]
     assert len(matches) == 1, f"{path.name} has {len(matches)} lines of the form {pattern!r} in its header"
     return matches[0]
+
+
+def claim(path: Path, label: str) -> str:
+    """What follows a label of a header, with the indented lines below."""
+    (found,) = re.findall(rf"^# {label}: (.+(?:\n#     .+)*)", path.read_text(), re.MULTILINE)
+    return found.replace("\n#    ", "")
+
+
+def keys_of_the_prose(path: Path) -> list[str]:
+    """`a.b=value` within sentences of a header, which no command holds."""
+    prose = [line for line in header(path) if not re.match(r"[^:]+: (python|torchrun) ", line)]
+    return re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)*=[\w\[\],.]*[\w\]])", " ".join(prose))
+
+
+class Printed(NamedTuple):
+    """What the plan command of a header made: its text, and the plan that it is of."""
+
+    text: str
+    plan: Plan
+
+
+@cache
+def printed(path: Path) -> Printed:
+    """Run the header's plan command, from the repository's root."""
+    (command,) = commands(path, "mae_et plan")
+    assert command.words[:4] == ["python", "-m", "mae_et", "plan"]
+    assert REPOSITORY / command.config == path
+    plans: list[Plan] = []
+
+    def kept(plan: Plan) -> str:
+        plans.append(plan)
+        return original(plan)
+
+    original, output = table.plan_table, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        patch.chdir(REPOSITORY)
+        patch.setattr(table, "plan_table", kept)
+        assert main(command.words[3:]) == 0
+    return Printed(output.getvalue(), plans[0])
 
 
 def check_cost(path: Path, printed: str) -> None:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import re
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import timm
 import yaml
 
-from mae_et.__main__ import main
 from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, load_config
-from mae_et.curriculum import Plan, table
+from mae_et.curriculum import Plan
 from mae_et.exchange.backbone import Backbone, choose_backbone
 from mae_et.finetuning import drop_path
 from mae_et.labelled_plan import build_plan, check_batch, examination_size, peak_learning_rate
 from mae_et.probing import as_finetuning
-from tests.recipes import REPOSITORY, Command, check_cost, check_estimate, commands, header, recipes, written
+from tests.recipes import (
+    REPOSITORY,
+    Command,
+    check_cost,
+    check_estimate,
+    claim,
+    commands,
+    keys_of_the_prose,
+    printed,
+    recipes,
+    written,
+)
 
 SCHEMAS = {"finetune": FinetuneConfig, "supervised": FinetuneConfig, "probe": ProbeConfig}
 RECIPES = [path for kind in SCHEMAS for path in recipes(kind)]
@@ -52,33 +60,6 @@ def name_of(path: Path) -> str:
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=name_of)
 every_trained_recipe = pytest.mark.parametrize("path", [path for path in RECIPES if is_trained(path)], ids=name_of)
-
-
-class Printed(NamedTuple):
-    """What the plan command of a header made: its text, and the plan that it is of."""
-
-    text: str
-    plan: Plan
-
-
-@cache
-def printed(path: Path) -> Printed:
-    """Run the header's plan command, from the repository's root."""
-    (command,) = commands(path, "mae_et plan")
-    assert command.words[:4] == ["python", "-m", "mae_et", "plan"]
-    assert REPOSITORY / command.config == path
-    plans: list[Plan] = []
-
-    def kept(plan: Plan) -> str:
-        plans.append(plan)
-        return original(plan)
-
-    original, output = table.plan_table, io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
-        patch.chdir(REPOSITORY)
-        patch.setattr(table, "plan_table", kept)
-        assert main(command.words[3:]) == 0
-    return Printed(output.getvalue(), plans[0])
 
 
 def planned_model(path: Path) -> list[str]:
@@ -145,12 +126,6 @@ def test_gpu_hours_follow_from_their_assumption(path):
     check_estimate(path, flops)
 
 
-def claim(path: Path, label: str) -> str:
-    """What follows a label of a header, with the indented lines below."""
-    (found,) = re.findall(rf"^# {label}: (.+(?:\n#     .+)*)", path.read_text(), re.MULTILINE)
-    return found.replace("\n#    ", "")
-
-
 @every_recipe
 def test_a_header_says_what_was_published_and_what_was_run(path):
     published = claim(path, "published")
@@ -160,10 +135,7 @@ def test_a_header_says_what_was_published_and_what_was_run(path):
 
 @every_recipe
 def test_keys_of_the_prose_exist(path):
-    """`a.b=value` within sentences of the header, which no command holds."""
-    prose = [line for line in header(path) if not re.match(r"[^:]+: (python|torchrun) ", line)]
-    named = re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)*=[\w\[\],.]*[\w\]])", " ".join(prose))
-    own = [override for override in named if not override.startswith(("data=", "checkpoint="))]
+    own = [override for override in keys_of_the_prose(path) if not override.startswith(("data=", "checkpoint="))]
     load_config(path, own, schema_of(path))
 
 

@@ -7,11 +7,22 @@ import shlex
 
 import torch
 
-from mae_et.config import FinetuneConfig, PretrainConfig, ProbeConfig, SearchConfig, load_config
+from mae_et.config import (
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    SearchConfig,
+    SegmentConfig,
+    load_config,
+    task_of,
+)
 
 COMMANDS = {
     "knn": ProbeConfig,
     "plan": PretrainConfig,
+    "detect": DetectConfig,
+    "segment": SegmentConfig,
     "calibrate": PretrainConfig,
     "evaluate": PretrainConfig,
     "search": SearchConfig,
@@ -47,9 +58,12 @@ def test_commands_name_recipes_and_keys_that_exist(repository):
             (schema,) = [kind for program, kind in SCHEMAS.items() if program in words]
             overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)]
             if schema is None:
-                schema = COMMANDS.get(words[3])
+                command = words[words.index("mae_et") + 1]
+                schema = COMMANDS.get(command)
             if schema is not None and "..." not in words:
                 config = repository / words[words.index("--config") + 1] if "--config" in words else None
+                if schema is PretrainConfig and config is not None:
+                    schema = COMMANDS.get(task_of(config), schema)  # `plan` goes by the file
                 load_config(config, overrides, schema)
                 found += 1
     assert found >= 6

@@ -15,6 +15,7 @@ _WIDTH = 420  # px of each picture of a pair
 _GAP = 8
 _CAPTION = 22  # px above a row, and above the panel for its title
 _INK, _FAINT_INK, _GROUND = (34, 34, 34), (105, 105, 105), (255, 255, 255)
+BARE = ("background",)  # classes that are not coloured, so that the others stand out
 _VEIL = 0.45  # of a class's colour over a scene
 # Okabe and Ito's colours ("Color Universal Design", 2008), which colour-blind readers tell apart.
 _FEW = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66))
@@ -89,10 +90,12 @@ def scene_panel(path: Path | str, samples: Sequence[SceneSample], classes: Seque
     rows, seen = [], set()
     for sample in samples:
         plain = _rgb(sample.image)
-        pictures = [_sized(plain)] + [_sized(_coloured(plain, labels)) for labels in (sample.truth, sample.found)]
+        veiled = (_coloured(plain, labels, classes) for labels in (sample.truth, sample.found))
+        pictures = [_sized(plain), *map(_sized, veiled)]
         rows.append((sample.name, pictures))
         seen |= set(np.unique(sample.truth)) | set(np.unique(sample.found))
-    key = [(classes[number], class_colour(number)) for number in sorted(int(n) for n in seen) if number < len(classes)]
+    known = [number for number in sorted(map(int, seen)) if number < len(classes) and classes[number] not in BARE]
+    key = [(classes[number], class_colour(number)) for number in known]
     _write(path, rows, ["image", "annotated", "predicted"], title, key)
 
 
@@ -128,10 +131,11 @@ def _readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if luma > 140 else (255, 255, 255)
 
 
-def _coloured(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _coloured(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     table = np.array([class_colour(number) for number in range(256)], np.float32)
     veiled = np.rint((1 - _VEIL) * pixels + _VEIL * table[labels]).astype(np.uint8)
-    return np.where((labels != 255)[..., None], veiled, pixels)
+    bare = [number for number, name in enumerate(classes) if name in BARE] + [255]
+    return np.where(np.isin(labels, bare)[..., None], pixels, veiled)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

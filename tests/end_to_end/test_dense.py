@@ -14,6 +14,7 @@ from mae_et.config import ConfigError, DetectConfig, SegmentConfig, load_config
 from mae_et.detecting import detect
 from mae_et.engine.bad_images import BadImagesError
 from mae_et.exchange.weights import open_weights
+from mae_et.exporting import export_checkpoint
 from mae_et.segmenting import segment
 from mae_et.tracking import read_metrics
 from tests.end_to_end.annotated import CLASSES, TINY_DETECT, TINY_SEGMENT, detect_here, segment_here, write_objects
@@ -245,3 +246,10 @@ def test_masks_are_not_made_up(images, tmp_path):
     with pytest.raises(ConfigError, match=r"choose model\.head=cascade_rcnn"):
         detect_here(copy, tmp_path / "run", "model.head=cascade_mask_rcnn")
     detect_here(copy, tmp_path / "run", "model.head=faster_rcnn", "steps=2", "evaluation.every=null")
+
+
+def test_its_network_leaves_without_the_head(detected, tmp_path):
+    """With mean pooling, since it has no class token any more."""
+    written = export_checkpoint(str(detected), "timm", str(tmp_path / "timm"), say=lambda _line: None)
+    assert written.difference < 1e-5
+    assert "label_names" not in json.loads((tmp_path / "timm" / "config.json").read_text())
