@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_et.config import ConfigError, DenseOptimConfig, DetectConfig, ImageDataConfig, ProtocolConfig, SegmentConfig
@@ -64,8 +65,9 @@ def dense_trunk(config: DenseConfig, start: Start, kind: Kind, say: Say, least_s
         ConfigError: the network cannot be built, gives no maps, or does not take the final size.
         WeightsError: the checkpoint does not fit it.
     """
-    model, plain = config.model, start.backbone.shape is not None
+    model = config.model
     net = start.backbone.build(0, "none", model.drop_path)
+    plain = isinstance(net, VisionTransformer)
     if start.weights is not None:
         say(load_weights(net, start.weights, fresh=FRESH).text())
     try:

@@ -31,6 +31,7 @@ from mae_et.engine.state import TrainState
 from mae_et.evaluation.detection import (
     DetectionResult,
     PrecisionSummary,
+    check_installed,
     worst_classes_table,
     write_coco_results,
     write_per_class_csv,
@@ -90,9 +91,13 @@ def open_objects(config: DetectConfig, channels: int, say: Say) -> Images:
     """Open the splits, and say what was left out of them.
 
     Raises:
-        ConfigError: see `open_annotated`; and where masks are wanted, a set without.
+        ConfigError: see `open_annotated`; where masks are wanted, a set without; or packages for AP are missing.
     """
     data = config.data
+    try:
+        check_installed()  # before hours of training that could not be scored
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
     def opened(root: Path, split: str, classes: tuple[str, ...]) -> DetectionSource:
         return open_detection(data.source, root, split, channels, data.max_pixels, classes or data.names)

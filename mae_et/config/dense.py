@@ -21,7 +21,7 @@ class TrunkConfig(NetworkConfig):
     window: int | None = None  # of plain ViTs, in patches: blocks attend within windows; null attends to all patches
     global_blocks: int = 4  # of plain ViTs with windows: so many blocks attend to all patches
     taps: str = "last"  # of plain ViTs: the pyramid is made of the last block's map, or of maps spread over the depth
-    checkpointing: bool = False  # of plain ViTs: compute blocks again in the backward pass, for less memory
+    checkpointing: bool = False  # compute blocks again in the backward pass, for less memory
     frozen_norm: bool = True  # of timm's networks: BatchNorm keeps its statistics and weights
 
     CHOICES: ClassVar[Choices] = {"taps": ("last", "spread")}

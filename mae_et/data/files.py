@@ -36,6 +36,32 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def read_image(path: str, name: str) -> bytes:
+    """The bytes of an image file.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+
+    Raises:
+        ImageError: it is missing, not to be read, or no file of an image's size.
+        OSError: other faults, of the disk or the network: they say nothing about the image.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+                what = "a pipe or a device" if not stat.S_ISREG(status.st_mode) else f"{status.st_size:,} bytes"
+                raise ImageError(f"{name}: it is {what}, and no image")
+            return file.read()
+    except ValueError as error:  # a NUL in a list
+        raise error if isinstance(error, ImageError) else ImageError(f"{name!r}: cannot be read: {error}") from error
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        raise ImageError(f"{name}: cannot be read: {error.strerror}") from error
+
+
 class PathTable:
     """Many paths in two flat buffers: their bytes, end to end, and where each one ends.
 
@@ -116,20 +142,8 @@ class FileSource:
 
         Other faults of the disk or the network raise OSError: they say nothing about the image.
         """
-        try:
-            with open(self.path(i), "rb", buffering=0, opener=_without_waiting) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
-                    what = "a pipe or a device" if not stat.S_ISREG(status.st_mode) else f"{status.st_size:,} bytes"
-                    raise ImageError(f"{self.describe(i)}: it is {what}, and no image")
-                data = file.read()
-        except ValueError as error:  # a NUL in a list
-            raise ImageError(f"{self.describe(i)!r}: cannot be read: {error}") from error
-        except OSError as error:
-            if error.errno not in _OF_THE_PATH:
-                raise
-            raise ImageError(f"{self.describe(i)}: cannot be read: {error.strerror}") from error
-        return decode_image(data, self.describe(i), self.channels, self.max_pixels)
+        name = self.describe(i)
+        return decode_image(read_image(self.path(i), name), name, self.channels, self.max_pixels)
 
     def label(self, i: int) -> int:
         """Return the class number of image `i`, -1 for none."""

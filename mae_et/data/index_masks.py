@@ -8,15 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mae_et.config.plain import read_bytes
 from mae_et.data.decode import ImageError
 
-_LARGEST = 1 << 28  # bytes of a file
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF
 # What turns a stored image into the shown one, where that exchanges height and width.
@@ -26,16 +23,6 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda stored: np.rot90(stored.T, 2),
     8: lambda stored: np.rot90(stored),
 }
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of an image or mask; raises ImageError where the path is at fault, OSError where the disk is."""
-    try:
-        return read_bytes(Path(path), _LARGEST)
-    except ValueError as error:
-        raise ImageError(str(error)) from error
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def decode_indices(data: bytes, name: str, max_pixels: int) -> np.ndarray:
@@ -55,8 +42,8 @@ def decode_indices(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     image = _open(data, name, max_pixels)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         raise ImageError(
-            f"{name}: a mask in colours ({image.mode}), of which none says what class it is: write one channel with "
-            f"the number of each pixel's class, as PNG in 8-bit grey or with a palette"
+            f"{name}: a mask in colours ({image.mode}), of which none says what it stands for: write one channel with "
+            f"the number of each pixel's class or object, as PNG in grey of 8 or 16 bits or with a palette"
         )
     # Grey of 2 and 4 bits comes stretched to 0..255.
     depth, kind = data[24], data[25]

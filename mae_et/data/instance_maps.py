@@ -8,21 +8,18 @@ of a palette. Boxes are those of the objects' pixels, and known when a map is re
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy import ndimage
 
 from mae_et.data.decode import DEFAULT_MAX_PIXELS, ImageError
-from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, listed
+from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, listed, read_image
+from mae_et.data.index_masks import decode_indices
 from mae_et.data.instances import Instances
 from mae_et.data.orientation import upright_size
-
-_LARGEST = 65_535  # of 16 bits
 
 
 class InstanceMapSource(FileSource):
@@ -110,25 +107,7 @@ class InstanceMapSource(FileSource):
 
     def _read(self, path: str) -> np.ndarray:
         """Read a map, int32 [H, W]."""
-        try:
-            with warnings.catch_warnings(), Image.open(path, formats=("PNG",)) as image:
-                warnings.simplefilter("ignore")  # PIL warns of many pixels (our cap rules)
-                mode, (width, height) = image.mode, image.size
-                if width * height > self.max_pixels:
-                    size = f"{width} x {height} px, above data.max_pixels={self.max_pixels}"
-                    raise ImageError(f"{path}: too many pixels: {size}")
-                values = np.asarray(image)
-        except ImageError:
-            raise
-        except Exception as error:  # PIL raises many kinds for damaged files
-            raise ImageError(f"{path}: the map cannot be read: {error}") from error
-        if values.ndim != 2 or values.dtype.kind not in "bui":
-            raise ImageError(
-                f"{path}: a map of objects has one number a pixel, 0 for background, and this one is in {mode}; save "
-                f"it as PNG with 8 or 16 bits of grey, or with a palette"
-            )
-        if values.min() < 0 or values.max() > _LARGEST:
-            raise ImageError(f"{path}: its numbers reach from {values.min()} to {values.max()}; use 0 to {_LARGEST}")
+        values = decode_indices(read_image(path, path), path, self.max_pixels)
         return values.astype(np.int32)
 
 

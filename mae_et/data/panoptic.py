@@ -14,8 +14,8 @@ import torch
 
 from mae_et.config.plain import parse_json, read_bytes
 from mae_et.data.decode import ImageError
-from mae_et.data.files import FileSource, PathTable, listed
-from mae_et.data.index_masks import decode_ids, on_shown_grid, read_file
+from mae_et.data.files import FileSource, PathTable, listed, read_image
+from mae_et.data.index_masks import decode_ids, on_shown_grid
 from mae_et.data.segmentation_transforms import IGNORE
 
 PANOPTIC_SPLITS = {split: f"annotations/panoptic_{split}2017.json" for split in ("train", "val")}
@@ -60,7 +60,7 @@ class PanopticSource:
         Raises ImageError if the PNG cannot be read, differs in size, or holds a segment that the annotations lack.
         """
         path, image = self.masks[i], self.images.path(i)
-        values = decode_ids(read_file(path), path, self.images.max_pixels)
+        values = decode_ids(read_image(path, path), path, self.images.max_pixels)
         place = slice(self._ends[i], self._ends[i + 1])
         ids = np.concatenate([[0], self._ids[place]])
         order = np.argsort(ids)
@@ -69,7 +69,7 @@ class PanopticSource:
             stranger = values[ids[found] != values][0]
             raise ImageError(f"{path}: segment {stranger} is not in the annotations ({self.name}); is the PNG of them?")
         classes = np.concatenate([[IGNORE], self._classes[place]]).astype(np.uint8)[found]
-        return torch.from_numpy(on_shown_grid(classes, path, read_file(image), image))
+        return torch.from_numpy(on_shown_grid(classes, path, read_image(image, image), image))
 
     def describe(self, i: int) -> str:
         """Return the path of image `i`."""

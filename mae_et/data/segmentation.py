@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from mae_et.data.decode import DEFAULT_MAX_PIXELS
-from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, PathTable, listed
+from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, PathTable, listed, read_image
 from mae_et.data.folders import walk_images
 from mae_et.data.index import Watch
-from mae_et.data.index_masks import decode_indices, on_shown_grid, read_file, to_classes
+from mae_et.data.index_masks import decode_indices, on_shown_grid, to_classes
 from mae_et.data.panoptic import PANOPTIC_SPLITS, open_panoptic
 from mae_et.data.segmentation_transforms import IGNORE
 
@@ -86,9 +86,9 @@ class MaskedFiles:
         Raises ImageError if the mask cannot be read, holds a value that is no class, or differs in size.
         """
         path, image = self.masks[i], self.images.path(i)
-        values = decode_indices(read_file(path), path, self.images.max_pixels)
+        values = decode_indices(read_image(path, path), path, self.images.max_pixels)
         classes = to_classes(values, self._table, path, self._advice)
-        return torch.from_numpy(on_shown_grid(classes, path, read_file(image), image))
+        return torch.from_numpy(on_shown_grid(classes, path, read_image(image, image), image))
 
     def describe(self, i: int) -> str:
         """Return the path of image `i`."""
@@ -138,7 +138,7 @@ def open_segmentation(
     if split not in splits:
         raise ValueError(f"{kind} in {place} has no split '{split}'; it has {', '.join(splits) or 'none'}")
     if kind != "pairs" and classes:
-        raise ValueError(f"data.classes={list(classes)}: {kind} has classes of its own; leave the key out")
+        raise ValueError(f"data.names={list(classes)}: {kind} has classes of its own; leave the key out")
     if kind == "coco_panoptic":
         return open_panoptic(place, split, channels, max_pixels)
     if kind == "ade20k":
@@ -184,7 +184,7 @@ def _pair_folders(root: Path, split: str, masks: str) -> tuple[Path, Path]:
 
 def _names(root: Path, classes: Sequence[str], binary: bool) -> tuple[str, ...]:
     file = root / "classes.txt"
-    origin = "data.classes"
+    origin = "data.names"
     names = tuple(str(name) for name in classes)
     if not names and binary:
         names = ("background", "foreground")
@@ -192,7 +192,7 @@ def _names(root: Path, classes: Sequence[str], binary: bool) -> tuple[str, ...]:
         origin, names = str(file), tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
     if not names:
         raise ValueError(
-            f"the masks of {root} have no class names: set data.classes=[...] in the order of their numbers from 0 on, "
+            f"the masks of {root} have no class names: set data.names=[...] in the order of their numbers from 0 on, "
             f"write them into {file}, one a line, or set data.binary=true if all above 0 is one class"
         )
     if binary and len(names) != 2:
@@ -213,7 +213,7 @@ def _table(classes: int, binary: bool, ignore: int) -> tuple[np.ndarray, str]:
     if not binary or ignore != IGNORE:
         table[ignore] = IGNORE
     advice = (
-        f"the {classes} classes have 0 to {classes - 1}, and {ignore} is ignored; name all in data.classes, or set "
+        f"the {classes} classes have 0 to {classes - 1}, and {ignore} is ignored; name all in data.names, or set "
         f"data.ignore to it, or data.binary=true if all above 0 is one class"
     )
     return table, advice

@@ -156,11 +156,11 @@ def worst_classes_table(result: ClassificationResult, names: Sequence[str], coun
         other, mistaken = _mistaken_for(result, score.index)
         rows.append(
             [
-                _shorten(names[score.index]),
+                shorten(names[score.index]),
                 str(score.images),
                 f"{100 * score.top1:.1f} %",
                 f"{100 * score.top5:.1f} %",
-                f"{_shorten(names[other])} ({100 * mistaken / score.images:.0f} %)" if mistaken else "-",
+                f"{shorten(names[other])} ({100 * mistaken / score.images:.0f} %)" if mistaken else "-",
             ]
         )
     return text_table(["class", "images", "top-1", "top-5", "most often taken for"], rows)
@@ -179,5 +179,5 @@ def _check_names(result: ClassificationResult, names: Sequence[str]) -> None:
         raise ValueError(f"{len(names)} names for {len(result.per_class)} classes; pass one name a class, in order")
 
 
-def _shorten(name: str, limit: int = 32) -> str:
+def shorten(name: str, limit: int = 32) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -16,6 +16,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from mae_et.curriculum.table import text_table
 from mae_et.data.instances import Instances
 from mae_et.data.outlines import mask_tools
 from mae_et.engine.distributed import gather_objects
+from mae_et.evaluation.classification import shorten
 
 _THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 _RECALLS = np.linspace(0, 1, 101).tolist()
@@ -120,6 +122,13 @@ class _Image(NamedTuple):
     crowd: np.ndarray
     true_masks: list[bytes] | None
     not_finite: int
+
+
+def check_installed() -> None:
+    """Raise ValueError where torchmetrics or faster-coco-eval is not installed; importing them would take seconds."""
+    lacking = [name for name in ("torchmetrics", "faster_coco_eval") if find_spec(name) is None]
+    if lacking:
+        raise ValueError(f"AP needs optional packages ({', '.join(lacking)}): pip install 'mae_et[dense]'")
 
 
 class DetectionTally:
@@ -350,7 +359,7 @@ def worst_classes_table(result: DetectionResult, names: Sequence[str], count: in
     rows = []
     for score in scored[:count]:
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in _values(result, score.index)]
-        rows.append([_shorten(names[score.index]), str(score.objects), *cells])
+        rows.append([shorten(names[score.index]), str(score.objects), *cells])
     return text_table(header, rows)
 
 
@@ -363,10 +372,6 @@ def _check_names(result: DetectionResult, names: Sequence[str]) -> None:
     count = len(result.boxes.per_class)
     if len(names) != count:
         raise ValueError(f"{len(names)} names for {count} classes; pass one name a class, in order")
-
-
-def _shorten(name: str, limit: int = 32) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
 def write_coco_results(

@@ -19,7 +19,7 @@ from mae_et.curriculum.stage import format_size
 from mae_et.curriculum.table import text_table
 from mae_et.data.segmentation_transforms import IGNORE, pad_to_multiple, resize_short_side
 from mae_et.engine.precision import Precision
-from mae_et.evaluation.classification import _shorten
+from mae_et.evaluation.classification import shorten
 from mae_et.models.segmentation import Segmenter
 
 Size = tuple[int, int]
@@ -272,11 +272,11 @@ def worst_iou_table(result: SegmentationResult, names: Sequence[str], count: int
         accuracy = result.accuracy[index]
         rows.append(
             [
-                _shorten(names[index]),
+                shorten(names[index]),
                 f"{100 * pixels[index] / result.pixels:.2f} %",
                 f"{100 * share:.1f} %",
                 "-" if accuracy is None else f"{100 * accuracy:.1f} %",
-                f"{_shorten(names[other])} ({100 * mistaken / pixels[index]:.0f} %)" if mistaken else "-",
+                f"{shorten(names[other])} ({100 * mistaken / pixels[index]:.0f} %)" if mistaken else "-",
             ]
         )
     return text_table(["class", "of all pixels", "IoU", "accuracy", "most often taken for"], rows)

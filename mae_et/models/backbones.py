@@ -209,7 +209,7 @@ def _attempt(
     """Run images of a size through a copy: without data if the model allows it, else zeros in evaluation mode."""
     with torch.no_grad():
         try:
-            return run(_without_data(model).train(training), torch.empty(images, channels, *size, device="meta"))
+            return run(without_data(model).train(training), torch.empty(images, channels, *size, device="meta"))
         except Exception:
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
             copied = _with_plain_attention(copy.deepcopy(model)).eval()
@@ -226,7 +226,7 @@ def _flops(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device: shapes and code, nothing stored."""
     copies: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -166,19 +166,7 @@ class FloatBoxPredictor(FastRCNNPredictor):
 
 
 class FloatMaskPredictor(MaskRCNNPredictor):
-    """torchvision's, with float32 outputs under autocast, too.
-
-    Its last layer is drawn as in detectron2, so that every pixel begins at even odds. torchvision's deviation grows as
-    there are fewer classes (0.15 for COCO's, 1 for one), and then, at first, the masks alone shape the maps.
-
-    Args:
-        width: of the features and of the layer within.
-        classes: without background.
-    """
-
-    def __init__(self, width: int, classes: int):
-        super().__init__(width, width, classes + 1)
-        nn.init.normal_(self.mask_fcn_logits.weight, std=0.001)
+    """torchvision's, with float32 outputs under autocast, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits [R, classes + 1, 28, 28]."""
@@ -246,7 +234,7 @@ def build_detector(
     if "mask" in kind:
         masks["mask_roi_pool"] = _pool(strides, 14)
         masks["mask_head"] = MaskRCNNHeads(channels, [mask_channels] * 4, dilation=1, norm_layer=norm)
-        masks["mask_predictor"] = FloatMaskPredictor(mask_channels, classes)
+        masks["mask_predictor"] = FloatMaskPredictor(mask_channels, mask_channels, classes + 1)
     if "cascade" in kind:
         roi_heads = CascadeHeads(_pool(strides, 7), box_layers, representation, classes, **kept, **masks)
     else:

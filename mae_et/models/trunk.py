@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 
 from mae_et.curriculum.stage import format_size
-from mae_et.models.backbones import _without_data, multiply_adds, stride
+from mae_et.models.backbones import multiply_adds, stride, without_data
 from mae_et.models.pyramid import LEVELS, ChannelNorm, SimplePyramid, pyramid_scales
 from mae_et.models.vit_features import ViTFeatures, check_vit, spread
 from mae_et.models.windows import keep_windows
@@ -194,7 +194,7 @@ def check_trunk(trunk: Trunk, sizes: Sequence[Size], channels: int) -> None:
     for size in dict.fromkeys(sizes):
         try:
             with torch.no_grad():
-                _without_data(trunk)(torch.empty(2, channels, *size, device="meta"))
+                without_data(trunk)(torch.empty(2, channels, *size, device="meta"))
         except Exception as error:  # a model may fail in any way on shapes that it was not made for
             raise _refusal(trunk.net, size, error) from error
 
@@ -239,7 +239,7 @@ def _try_out(net: nn.Module, features: Features, size: Size) -> list[int]:
     Raises:
         ValueError: the network does not give maps of images of `size`.
     """
-    empty = _without_data(net).eval()
+    empty = without_data(net).eval()
     first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
     try:
         maps = features(empty, torch.empty(1, first.in_channels, *size, device="meta"))

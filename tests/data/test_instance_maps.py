@@ -104,8 +104,8 @@ def test_a_map_is_compared_with_the_upright_image(tmp_path):
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (grey().convert("RGB"), r"instances/a\.png: a map of objects has one number a pixel.*this one is in RGB"),
-        (grey().convert("LA"), r"instances/a\.png: a map of objects has one number a pixel.*this one is in LA"),
+        (grey().convert("RGB"), r"instances/a\.png: a mask in colours \(RGB\).*class or object"),
+        (grey().convert("LA"), r"instances/a\.png: a mask in colours \(LA\).*class or object"),
     ],
 )
 def test_maps_without_numbers_are_image_errors(tmp_path, picture, message):
@@ -129,7 +129,7 @@ def test_damaged_files_are_image_errors(tmp_path, damage):
 
 def test_maps_of_more_pixels_than_allowed_are_not_read(tmp_path):
     source = open_detection("instances", write(tmp_path, {"a": grey()}), "train", max_pixels=79)
-    with pytest.raises(ImageError, match=r"a\.png: too many pixels: 10 x 8 px, above data\.max_pixels=79"):
+    with pytest.raises(ImageError, match=r"a\.png: too many pixels: 10 x 8, above data\.max_pixels=79"):
         source.instances(0)
 
 

@@ -253,3 +253,12 @@ def test_its_network_leaves_without_the_head(detected, tmp_path):
     written = export_checkpoint(str(detected), "timm", str(tmp_path / "timm"), say=lambda _line: None)
     assert written.difference < 1e-5
     assert "label_names" not in json.loads((tmp_path / "timm" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_rectangles(task, images, pretrained, tmp_path):
+    here = detect_here if task == "detect" else segment_here
+    changes = [f"checkpoint={pretrained}", "model.name=null", "data.size=[32,64]", "steps=2", "evaluation.every=null"]
+    run = here(images, tmp_path / "run", *changes)
+    assert json.loads((run / "plan.json").read_text())["stages"][0]["bandwidth"] == [32, 64]
+    assert {"val", "test"} <= set(report(run))
