@@ -8,6 +8,10 @@ The images are pictures of coloured shapes on noise that the script draws, with 
 --instances, the first of a set of instance maps, with one class. Without --checkpoint the network is a ViT from
 scratch. There is no jitter, no mirroring, no dropout and no drop path: what a head cannot learn so, it cannot learn.
 A row passes with AP50 above 0.9, of boxes and where there are any of masks, or with an mIoU above 0.95.
+
+What it took on one thread of a CPU, on one image of Penn-Fudan with `--size 128` and a ViT of width 128, depth 6 and
+8-px patches, pretrained on street photos: 150 steps for AP50 1.0 of RetinaNet (10 s), of Mask R-CNN (14 s) and of
+Cascade Mask R-CNN (20 s), boxes and masks; 400 steps for an mIoU of 0.964 of UperNet (22 s).
 """
 
 from __future__ import annotations
@@ -105,8 +109,7 @@ def common(arguments: argparse.Namespace, images: int) -> list[str]:
         *("data.test_split=train", "data.workers=0", f"engine.threads={arguments.threads}", "engine.device=cpu"),
         *(f"seed={arguments.seed}", "evaluation.every=null", "tracking.console=false", "saving.minutes=null"),
         *("model.channels=64", "model.drop_path=0", f"steps={arguments.steps}", f"optim.batch={images}"),
-        *(f"optim.lr={arguments.lr}", "optim.warmup=0.1", "optim.clip=1.0", "optim.weight_decay=0"),
-        "optim.layer_decay=null",
+        *("optim.warmup=0.1", "optim.clip=1.0", "optim.weight_decay=0", "optim.layer_decay=null"),
     ]
 
 
@@ -118,6 +121,7 @@ def overfit(head: str, images: int, arguments: argparse.Namespace, folder: Path)
     else:
         draw_shapes(data, images, arguments.size)
     changes = [*common(arguments, images), f"data={data}", f"run={run}", f"model.head={head}"]
+    changes += [f"optim.lr={arguments.lr or (1e-3 if head in DETECTORS else 3e-3)}"]
     if head in DETECTORS:
         changes += ["model.representation=128", "model.mask_channels=32", "model.samples=64", "model.anchor_scale=0.5"]
         if arguments.instances:
@@ -153,8 +157,8 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=[*DETECTORS, *SEGMENTERS], choices=[*DETECTORS, *SEGMENTERS])
     parser.add_argument("--images", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--size", type=int, default=128, help="px (default: 128)")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, help="(default: 1e-3 for detectors, 3e-3 for segmenters)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -197,6 +197,13 @@ def segment(options: argparse.Namespace) -> int:
     return train(config, options.resume, only_evaluate=options.eval)
 
 
+def predict(options: argparse.Namespace) -> int:
+    """Find objects, or give pixels their classes, on photos without annotations."""
+    from mae_et.predicting import predict as look
+
+    return look(options.run, options.photos, options.out, options.score, options.pictures, options.overrides)
+
+
 def export(options: argparse.Namespace) -> int:
     """Write a checkpoint for others to open: timm, transformers, ONNX."""
     from mae_et.exporting import export_checkpoint
@@ -243,6 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.add_argument("--eval", action="store_true", help="examine the run's last checkpoint, and train nothing")
         command.set_defaults(action=action)
+
+    command = commands.add_parser("predict", help="boxes, masks or classes of pixels of photos without annotations")
+    command.add_argument("run", metavar="RUN", help="the folder of a run of detect or segment")
+    command.add_argument("photos", metavar="PHOTOS", help="a folder, an image, or a list of images (.txt)")
+    command.add_argument("--out", metavar="FOLDER", help="where to; default: predictions/ in the run's folder")
+    command.add_argument("--score", type=float, help="least score of a detection; default: evaluation.shown, 0.5")
+    command.add_argument("--no-pictures", action="store_false", dest="pictures", help="draw nothing")
+    command.set_defaults(action=predict)
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
 
@@ -258,7 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
     search.add_command(commands)
     studies.add_commands(commands)
 
-    options = parser.parse_args(arguments)
+    options, late = parser.parse_known_args(arguments)
+    if any(text.startswith("-") or "=" not in text for text in late) or not (hasattr(options, "overrides") or not late):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # argparse takes no changes that follow an option which follows other arguments
+        options.overrides = [*options.overrides, *late]
     try:
         return options.action(options)
     except ConfigError as error:

@@ -26,6 +26,7 @@ ROOMS = [
     {"examination"},
     {"pretraining", "finetuning", "dense"},
     {"probing", "exporting", "training", "detecting", "segmenting"},
+    {"predicting"},
     {"search", "studies", "reproduction"},
     {"report"},
     {"__main__"},

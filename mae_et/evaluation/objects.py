@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mae_et.curriculum.plan import Plan
+from mae_et.data.decode import ImageError
 from mae_et.data.detection import DetectionSource
 from mae_et.data.detection_transforms import FitTransform, paste_masks, unfit_boxes
 from mae_et.data.instances import Instances
 from mae_et.data.loader import batches_of, build_loader
+from mae_et.data.replacing import BadImage
 from mae_et.data.requests import SampleRequest
 from mae_et.engine.distributed import Ranks, share_statistics
 from mae_et.engine.loop import Observation
+from mae_et.engine.precision import Precision
 from mae_et.engine.state import TrainState
 from mae_et.evaluation.detection import DetectionResult, DetectionTally
 from mae_et.evaluation.features import InOrder
+from mae_et.models.detection import Detector
 from mae_et.tracking.dense_panels import DetectionSample, DrawnObjects, detection_panel
 
 Size = tuple[int, int]
@@ -48,28 +52,63 @@ class DetectionExamination:
 
 
 class FittedImages(NamedTuple):
-    """Images uint8 [N, C, *size], their sizes inside the padding, their own sizes, and their numbers."""
+    """Images uint8 [N, C, *size], their sizes inside the padding, their own sizes, their numbers; those left out."""
 
     images: Tensor
     inner: tuple[Size, ...]
     original: tuple[Size, ...]
     indices: tuple[int, ...]
+    bad: tuple[BadImage, ...] = ()
+
+
+class Photos(Protocol):
+    """A numbered set of images, annotated or not."""
+
+    name: str
+    channels: int
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> Tensor:
+        """Return image `i`, uint8 [channels, H, W]; raise ImageError if it cannot be used."""
+        ...
+
+    def describe(self, i: int) -> str:
+        """Return what tells a reader which image this is, such as its path."""
+        ...
 
 
 class FittedDataset:
-    """Turns requests into images that fit into the requested size."""
+    """Turns requests into images that fit into the requested size.
 
-    def __init__(self, source: DetectionSource):
-        self.source, self.fit = source, FitTransform()
+    Args:
+        source: what is read.
+        leave_out: go on without images that cannot be read, and name them; otherwise ImageError is raised.
+    """
+
+    def __init__(self, source: Photos, leave_out: bool = False):
+        self.source, self.leave_out, self.fit = source, leave_out, FitTransform()
 
     def __getitems__(self, requests: list[SampleRequest]) -> FittedImages:
-        originals = [self.source.image(request.image) for request in requests]
-        fitted = [self.fit(image, request.size) for image, request in zip(originals, requests)]
+        fitted, original, indices, bad = [], [], [], []
+        for request in requests:
+            try:
+                image = self.source.image(request.image)
+            except ImageError as error:
+                if not self.leave_out:
+                    raise
+                bad.append(BadImage(request.image, str(error)))
+                continue
+            fitted.append(self.fit(image, request.size))
+            original.append((image.shape[1], image.shape[2]))
+            indices.append(request.image)
+        nothing = torch.empty(0, self.source.channels, *requests[0].size, dtype=torch.uint8)
         return FittedImages(
-            images=torch.stack([image for image, _ in fitted]),
+            images=torch.stack([image for image, _ in fitted]) if fitted else nothing,
             inner=tuple(inner for _, inner in fitted),
-            original=tuple((image.shape[1], image.shape[2]) for image in originals),
-            indices=tuple(request.image for request in requests),
+            original=tuple(original),
+            indices=tuple(indices),
+            bad=tuple(bad),
         )
 
 
@@ -93,16 +132,35 @@ def find_objects(
     The detector is left in evaluation mode.
     """
     model = state.evaluated.eval()
+    assert isinstance(model, Detector)
     pinned = state.device.type == "cuda"
     loader = build_loader(FittedDataset(source), InOrder(indices, how.size, how.batch), how.workers, pinned)
-    with torch.no_grad(), batches_of(loader) as batches:
+    with batches_of(loader) as batches:
         for batch in batches:
-            with state.precision.autocast():
-                predictions = model(batch.images.to(state.device, non_blocking=True), batch.inner)
-            for index, found, inner, original in zip(batch.indices, predictions, batch.inner, batch.original):
-                boxes = unfit_boxes(found["boxes"].float().cpu(), inner, original)
-                masks = paste_masks(found["masks"].float().cpu(), boxes, original) if how.masks else None
-                yield index, Found(boxes, found["scores"].float().cpu(), found["labels"].cpu(), masks)
+            yield from find_in_batch(model, batch, how.masks, state.device, state.precision)
+
+
+def find_in_batch(
+    model: Detector, batch: FittedImages, masks: bool, device: torch.device, precision: Precision
+) -> Iterator[tuple[int, Found]]:
+    """What a detector finds on each image of a batch, by the image's number.
+
+    Args:
+        model: in evaluation mode.
+        batch: on the host.
+        masks: whether the detector's masks are wanted.
+        device: of the model.
+        precision: of the forward pass.
+    """
+    assert not model.training, "the model is in training mode"
+    if not batch.indices:
+        return
+    with torch.no_grad(), precision.autocast():
+        predictions = model(batch.images.to(device, non_blocking=True), batch.inner)
+    for index, found, inner, original in zip(batch.indices, predictions, batch.inner, batch.original):
+        boxes = unfit_boxes(found["boxes"].float().cpu(), inner, original)
+        pasted = paste_masks(found["masks"].float().cpu(), boxes, original) if masks else None
+        yield index, Found(boxes, found["scores"].float().cpu(), found["labels"].cpu(), pasted)
 
 
 def examine_detector(

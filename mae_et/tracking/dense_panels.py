@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH = 420  # px of each picture of a pair
+LONGEST = 1600  # px of a side of a picture of one photo
+_TEXT = 11  # px of letters beside boxes
 _GAP = 8
 _CAPTION = 22  # px above a row, and above the panel for its title
 _INK, _FAINT_INK, _GROUND = (34, 34, 34), (105, 105, 105), (255, 255, 255)
@@ -19,6 +21,10 @@ BARE = ("background",)  # classes that are not coloured, so that the others stan
 _VEIL = 0.45  # of a class's colour over a scene
 # Okabe and Ito's colours ("Color Universal Design", 2008), which colour-blind readers tell apart.
 _FEW = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66))
+
+Colour = tuple[int, int, int]
+Named = tuple[str, Colour]
+Key = tuple[int, str, Colour]
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,57 @@ def scene_panel(path: Path | str, samples: Sequence[SceneSample], classes: Seque
     for sample in samples:
         plain = _rgb(sample.image)
         veiled = (_coloured(plain, labels, classes) for labels in (sample.truth, sample.found))
-        pictures = [_sized(plain), *map(_sized, veiled)]
+        pictures = [_sized(pixels, _WIDTH / plain.shape[1]) for pixels in (plain, *veiled)]
         rows.append((sample.name, pictures))
         seen |= set(np.unique(sample.truth)) | set(np.unique(sample.found))
-    known = [number for number in sorted(map(int, seen)) if number < len(classes) and classes[number] not in BARE]
-    key = [(classes[number], class_colour(number)) for number in known]
-    _write(path, rows, ["image", "annotated", "predicted"], title, key)
+    _write(path, rows, ["image", "annotated", "predicted"], title, _key(seen, classes))
 
 
-def _objects(image: np.ndarray, objects: DrawnObjects, classes: Sequence[str], scale: float) -> Image.Image:
+def objects_picture(
+    image: np.ndarray, objects: DrawnObjects, classes: Sequence[str], longest: int = LONGEST
+) -> Image.Image:
+    """An image uint8 [H, W, 1 or 3] with its objects, at its own size but of at most `longest` px a side."""
+    pixels, scale = _shrunk(image, longest)
+    masks = None if objects.masks is None else _nearest(objects.masks, pixels.shape[:2])
+    shrunk = DrawnObjects(objects.boxes * scale, objects.labels, objects.scores, masks)
+    return _objects(pixels, shrunk, classes, 1.0, _text_size(pixels))
+
+
+def scene_picture(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], longest: int = LONGEST) -> Image.Image:
+    """An image uint8 [H, W, 1 or 3] in the colours of its classes uint8 [H, W], with a key of those below it.
+
+    At its own size, but of at most `longest` px a side.
+    """
+    pixels, _ = _shrunk(image, longest)
+    picture = Image.fromarray(_coloured(pixels, _nearest(labels, pixels.shape[:2]), classes))
+    width = max(picture.width, _WIDTH)  # names are read below small photos, too
+    lines = _lines(_key(np.unique(labels), classes), width)
+    sheet = Image.new("RGB", (width if lines else picture.width, picture.height + len(lines) * _CAPTION), _GROUND)
+    sheet.paste(picture)
+    _write_key(sheet, lines, picture.height)
+    return sheet
+
+
+def _shrunk(image: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
+    """uint8 [h, w, 3], no side above `longest` px, and its scale."""
+    scale = min(1.0, longest / max(image.shape[:2]))
+    return np.array(_sized(_rgb(image), scale)), scale
+
+
+def _nearest(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Maps [..., H, W] at another size, each px that of the nearest centre."""
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, maps.shape[-2:]))
+    return maps[..., rows[:, None], columns]
+
+
+def _text_size(pixels: np.ndarray) -> int:
+    """Px of letters that can be read where a picture is shown on a whole screen."""
+    return max(_TEXT, max(pixels.shape) // 90)
+
+
+def _objects(
+    image: np.ndarray, objects: DrawnObjects, classes: Sequence[str], scale: float, text_size: int = _TEXT
+) -> Image.Image:
     """An image with its objects, the least certain drawn first so that the others lie above."""
     pixels = _rgb(image)
     order = np.arange(len(objects.boxes)) if objects.scores is None else np.argsort(objects.scores)
@@ -108,12 +156,14 @@ def _objects(image: np.ndarray, objects: DrawnObjects, classes: Sequence[str], s
             inside = objects.masks[k].astype(bool)
             # Objects of one class get colours of their own, so that neighbours can be told apart.
             pixels[inside] = (1 - _VEIL) * pixels[inside] + _VEIL * np.array(class_colour(number % len(_FEW)))
-    picture = _sized(pixels)
-    draw, font = ImageDraw.Draw(picture), _font(11)
+    picture = _sized(pixels, scale)
+    draw, font = ImageDraw.Draw(picture), _font(text_size)
     for k in order:
         colour = class_colour(int(objects.labels[k]))
         left, top, right, bottom = (float(side) * scale for side in objects.boxes[k])
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=max(2, text_size // 5)
+        )
         text = classes[int(objects.labels[k])]
         text += "" if objects.scores is None else f" {100 * float(objects.scores[k]):.0f}"
         box = draw.textbbox((0, 0), text, font=font)
@@ -143,9 +193,9 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image.copy()
 
 
-def _sized(pixels: np.ndarray) -> Image.Image:
-    height = max(1, round(pixels.shape[0] * _WIDTH / pixels.shape[1]))
-    return Image.fromarray(pixels.astype(np.uint8)).resize((_WIDTH, height), Image.Resampling.BICUBIC)
+def _sized(pixels: np.ndarray, scale: float) -> Image.Image:
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    return Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
@@ -157,7 +207,7 @@ def _write(
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
     headings: Sequence[str],
     title: str,
-    key: Sequence[tuple[str, tuple[int, int, int]]] = (),
+    key: Sequence[Named] = (),
 ) -> None:
     """Put rows of pictures below each other, with headings, captions and a key of colours."""
     width = len(headings) * (_WIDTH + _GAP) + _GAP
@@ -167,11 +217,7 @@ def _write(
     draw, font = ImageDraw.Draw(sheet), _font(12)
     draw.text((_GAP, 4), title, font=_font(13), fill=_INK)
     y = _CAPTION
-    for line in keys:
-        for x, name, colour in line:
-            draw.rectangle((x, y + 5, x + 12, y + 17), fill=colour)
-            draw.text((x + 17, y + 3), name, font=font, fill=_INK)
-        y += _CAPTION
+    y = _write_key(sheet, keys, y)
     for column, heading in enumerate(headings):
         draw.text((_GAP + column * (_WIDTH + _GAP), y + 4), heading, font=font, fill=_FAINT_INK)
     y += _CAPTION
@@ -184,10 +230,24 @@ def _write(
     sheet.save(path)
 
 
-Key = tuple[int, str, tuple[int, int, int]]
+def _write_key(sheet: Image.Image, lines: Sequence[Sequence[Key]], y: int) -> int:
+    """Draw lines of a key from y on; returns where they end."""
+    draw, font = ImageDraw.Draw(sheet), _font(12)
+    for line in lines:
+        for x, name, colour in line:
+            draw.rectangle((x, y + 5, x + 12, y + 17), fill=colour)
+            draw.text((x + 17, y + 3), name, font=font, fill=_INK)
+        y += _CAPTION
+    return y
 
 
-def _lines(key: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> list[list[Key]]:
+def _key(numbers: Iterable[int], classes: Sequence[str]) -> list[Named]:
+    """Names and colours of those of some classes that are coloured."""
+    known = [number for number in sorted(map(int, numbers)) if number < len(classes) and classes[number] not in BARE]
+    return [(classes[number], class_colour(number)) for number in known]
+
+
+def _lines(key: Sequence[Named], width: int) -> list[list[Key]]:
     """The key's entries in lines that fit: (x, name, colour)."""
     lines: list[list[Key]] = []
     x, font = width, _font(12)

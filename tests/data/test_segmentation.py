@@ -123,13 +123,13 @@ def test_binary_masks(tmp_path):
     assert source.mask(0).tolist() == [[0, 1, 1, 1, 1]]
     assert open_segmentation("pairs", tmp_path, binary=True, ignore=128).mask(0).tolist() == [[0, 1, 1, 255, 1]]
     assert open_segmentation("pairs", tmp_path, binary=True, classes=("no", "yes")).classes == ("no", "yes")
-    with pytest.raises(ValueError, match=r"data\.classes has 3 names, and binary masks have 2"):
+    with pytest.raises(ValueError, match=r"data\.names has 3 names, and binary masks have 2"):
         pairs(tmp_path, binary=True)
 
 
 def test_classes_come_from_a_file_or_must_be_given(tmp_path):
     pair(tmp_path, indices(2))
-    with pytest.raises(ValueError, match=r"no class names: set data\.classes=.*classes\.txt.*data\.binary"):
+    with pytest.raises(ValueError, match=r"no class names: set data\.names=.*classes\.txt.*data\.binary"):
         open_segmentation("pairs", tmp_path)
     (tmp_path / "classes.txt").write_text("sky\nroad \n")
     assert open_segmentation("pairs", tmp_path).classes == ("sky", "road")
@@ -146,7 +146,7 @@ def test_a_value_beyond_the_classes(tmp_path):
     values[2, 1:3] = 3
     pair(tmp_path, values)
     with pytest.raises(
-        ImageError, match=r"masks/a\.png: value 3 at row 2, column 1 \(2 pixels .*3 classes have 0 to 2.*data\.classes"
+        ImageError, match=r"masks/a\.png: value 3 at row 2, column 1 \(2 pixels .*3 classes have 0 to 2.*data\.names"
     ):
         pairs(tmp_path).mask(0)
 

@@ -30,7 +30,9 @@ def found(run):
 @pytest.mark.parametrize("head", DETECTORS)
 def test_detectors(head, images, tmp_path):
     changes = ["model.representation=64", "model.mask_channels=16", "model.samples=32", "model.anchor_scale=0.5"]
-    changes += [f"model.head={head}", "optim.lr=2e-3", f"steps={160 if head == 'retinanet' else 80}"]
+    # After 80 steps, of faster_rcnn's kind, the second of two near-equal boxes may still be the better one.
+    steps = 80 if head == "faster_rcnn" else 140
+    changes += [f"model.head={head}", "optim.lr=2e-3", f"steps={steps}"]
     scores = found(detect_here(images, tmp_path / "run", *PLAIN, *changes))
     assert scores["boxes"]["ap50"] > 0.9
     assert (scores["masks"] is None) == ("mask" not in head)
