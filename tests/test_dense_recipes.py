@@ -82,7 +82,7 @@ def check_command(path: Path, command: Command) -> None:
     # Refuses a batch that ranks and micro-batches do not divide, and a schedule that is none.
     dense_plan(config, stage.bandwidth, 1, 1.0, plan.images, command.ranks)
     if not {override.partition("=")[0] for override in command.overrides} <= BESIDE_THE_PLAN:
-        network = made()[config.checkpoint or ""]
+        network = made()[config.checkpoint] if config.checkpoint else config.model.name
         own = [override for override in command.overrides if override.partition("=")[0] not in BESIDE_THE_PLAN]
         numbers = [f"data.images={plan.images}", "data.classes=150", f"model.name={network}"]
         assert plan_of(path, *own, *numbers).stages[-1].bandwidth == as_size(config.data.size)
