@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -26,7 +27,7 @@ from mae_et.engine.tasks import Task
 from mae_et.exchange.matching import load_weights
 from mae_et.models.detection import Detector
 from mae_et.models.segmentation import Segmenter
-from mae_et.models.trunk import Kind, Trunk, build_trunk
+from mae_et.models.trunk import Kind, Trunk, build_trunk, check_trunk
 from mae_et.running import Assembly, Say, execute, loop_config, main_first
 from mae_et.supervised import Start, build_state, kept_start, records, settle_start
 from mae_et.tracking.tracker import Tracker
@@ -43,8 +44,10 @@ def settle_dense_start(config: DenseConfig, kept: Start | None = None) -> Start:
     A ViT loses its class token: all patches are wanted, and nothing else.
 
     Raises:
-        ConfigError, WeightsError: nothing says which network, or the checkpoint cannot be used.
+        ConfigError, WeightsError: nothing says which network or which size, or the checkpoint cannot be used.
     """
+    if config.data.size is None:
+        raise ConfigError("data.size=null: checkpoints were trained at other sizes than these tasks need; give one")
     start = settle_start(config, kept)
     shape = start.backbone.shape
     if shape is None:
@@ -96,14 +99,14 @@ def check_grain(key: str, size: Size, trunk: Trunk) -> None:
         raise ConfigError(f"{key}={format_size(size)}: sides must be multiples of {trunk.grain} px for this network")
 
 
-def size_of(key: str, value: int | Sequence[int] | None, default: Size) -> Size:
-    """(height, width) in px of a configured size; the default for null.
+def size_of(key: str, value: int | Sequence[int] | None, default: Size | None = None) -> Size:
+    """(height, width) in px of a configured size; the default, if there is one, for null.
 
     Raises:
         ConfigError: it is no size.
     """
     try:
-        return default if value is None else as_size(value)  # pyright: ignore[reportArgumentType] - it checks
+        return default if value is None and default else as_size(value)  # pyright: ignore[reportArgumentType] - it checks
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {error}") from None
 
@@ -162,7 +165,7 @@ def dense_state(config: DenseConfig, model: nn.Module, trunk: Trunk, ranks: Rank
     """
     optim = config.optim
     if ranks.count > 1 and ranks.device.type == "cuda":  # gloo has no such thing
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's, which keeps the activations that some of its layers hold
 
     def groups() -> list[dict[str, object]]:
         return supervised_groups(trunk.net, optim.weight_decay, optim.layer_decay, model)
@@ -241,6 +244,9 @@ def open_annotated(
                     f"the classes of {train.name} and {other.name} differ: {', '.join(train.classes)} against "
                     f"{', '.join(other.classes)}; give both the same categories, in the same order of their ids"
                 )
+        for name in train.classes:
+            if not name.isprintable():  # pictures and tables cannot show it
+                raise ValueError(f"{train.name} has a class named {name!r}: give it a name that can be printed")
         if val is None and data.holdout > 0:
             train, val = hold_out(train, data.holdout, data.subset_seed)
     except (ValueError, OSError) as error:
@@ -259,6 +265,7 @@ class Parts(Generic[S, M]):
         open_images: (channels of the network, say) to the images.
         build_model: (start, classes, say) to the model, from torch's global generator.
         multiply_adds: of a forward pass of one training image of a size.
+        examined: sizes in px of what the trunk sees in examinations.
         dataset: of the training images.
         task: what a step asks.
         watch: (state, images, ranks) to what looks at held-out images during training.
@@ -268,6 +275,7 @@ class Parts(Generic[S, M]):
     open_images: Callable[[int, Say], AnnotatedImages[S]]
     build_model: Callable[[Start, int, Say], M]
     multiply_adds: Callable[[M, Size], float]
+    examined: Callable[[M], Sequence[Size]]
     dataset: Callable[[S], SampleDataset]
     task: Task
     watch: Callable[[TrainState, AnnotatedImages[S], Ranks], Sequence[Observer]]
@@ -296,6 +304,10 @@ def planned(config: DenseConfig, parts: Parts[S, M], start: Start, images: int, 
     with torch.device("meta"):
         outline = parts.build_model(replace(start, weights=None), classes, lambda _line: None)
     size = start.backbone.size
+    try:
+        check_trunk(outline.trunk, [size, *parts.examined(outline)], start.backbone.channels)
+    except ValueError as error:
+        raise ConfigError(f"evaluation: {error}") from None
     return dense_plan(config, size, outline.trunk.grain, parts.multiply_adds(outline, size), images, ranks)
 
 

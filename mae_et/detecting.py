@@ -73,14 +73,16 @@ def wants_masks(config: DetectConfig) -> bool:
 
 def parts(config: DetectConfig) -> Parts[DetectionSource, Detector]:
     """What a detector's run is made of."""
-    scale = (config.data.scale[0], config.data.scale[1])
+    try:
+        jitter = JitterTransform((config.data.scale[0], config.data.scale[1]), config.data.flip)
+    except ValueError as error:
+        raise ConfigError(f"data.scale: {error}") from None
     return Parts(
         open_images=partial(open_objects, config),
         build_model=partial(build_model, config),
         multiply_adds=multiply_adds,
-        dataset=lambda train: DetectionDataset(
-            train, JitterTransform(scale, config.data.flip), wants_masks(config), replace=True
-        ),
+        examined=lambda _model: [examined_size(config)],
+        dataset=lambda train: DetectionDataset(train, jitter, wants_masks(config), replace=True),
         task=Detection(),
         watch=partial(watch, config),
         conclude=partial(conclude, config),
@@ -103,14 +105,15 @@ def open_objects(config: DetectConfig, channels: int, say: Say) -> Images:
         return open_detection(data.source, root, split, channels, data.max_pixels, classes or data.names)
 
     images = open_annotated(data, partial(detection_splits, data.source), opened, hold_out_images)
-    if wants_masks(config) and not images.train.has_masks:
-        raise ConfigError(
-            f"model.head={config.model.head} learns masks, and {images.train.name} has none: choose "
-            f"model.head={config.model.head.replace('mask', 'faster').replace('cascade_faster_rcnn', 'cascade_rcnn')}"
-        )
-    for source in (images.train, images.val, images.test):
-        for remark in source.remarks if source is not None else ():
-            say(remark)
+    sources = [source for source in (images.train, images.val, images.test) if source is not None]
+    for source in sources:
+        if wants_masks(config) and not source.has_masks:
+            instead = "cascade_rcnn" if "cascade" in config.model.head else "faster_rcnn"
+            raise ConfigError(
+                f"model.head={config.model.head} is for masks, and {source.name} has none: choose model.head={instead}"
+            )
+    for remark in dict.fromkeys(remark for source in sources for remark in source.remarks):
+        say(remark)
     return images
 
 
@@ -122,7 +125,7 @@ def build_model(config: DetectConfig, start: Start, classes: int, say: Say) -> D
     """
     model, testing = config.model, config.evaluation
     trunk = dense_trunk(config, start, "pyramid", say, LEAST_STRIDE if model.head == "retinanet" else 1)
-    check_grain("evaluation.size", examined_size(config, start.backbone.size), trunk)
+    check_grain("evaluation.size", examined_size(config), trunk)
     return build_detector(
         trunk,
         model.head,  # pyright: ignore[reportArgumentType] - validated by the configuration
@@ -145,17 +148,18 @@ def multiply_adds(detector: Detector, size: tuple[int, int]) -> float:
     return trunk_multiply_adds(detector.trunk, size, len(detector.mean)) + head_multiply_adds(detector, size)
 
 
-def examined_size(config: DetectConfig, size: tuple[int, int]) -> tuple[int, int]:
+def examined_size(config: DetectConfig) -> tuple[int, int]:
     """(height, width) in px that images are fitted into: the training size, or `evaluation.size`."""
-    return size_of("evaluation.size", config.evaluation.size, size)
+    return size_of("evaluation.size", config.evaluation.size, size_of("data.size", config.data.size))
 
 
 def examination(config: DetectConfig, ranks: Ranks) -> DetectionExamination:
     """How images are shown for AP."""
     testing = config.evaluation
-    size = examined_size(config, size_of("data.size", config.data.size, (0, 0)))
     workers = choose_workers(config, ranks)
-    return DetectionExamination(size, wants_masks(config), testing.batch, workers, testing.shown, testing.drawn)
+    return DetectionExamination(
+        examined_size(config), wants_masks(config), testing.batch, workers, testing.shown, testing.drawn
+    )
 
 
 def watch(config: DetectConfig, state: TrainState, images: Images, ranks: Ranks) -> list[DetectionObserver]:

@@ -229,7 +229,7 @@ def write_objects(config: DetectConfig, network: Network[Detector], photos: Phot
             progress.left_out(batch.bad)
             sizes = dict(zip(batch.indices, batch.original))
             for index, everything in find_in_batch(network.model, batch, how.masks, network.device, network.precision):
-                found = _certain(everything, config.evaluation.score)
+                found = _finite(everything)
                 height, width = sizes[index]
                 file_name = photos.source.paths[index]
                 images.append({"id": index + 1, "file_name": file_name, "width": width, "height": height})
@@ -245,11 +245,11 @@ def write_objects(config: DetectConfig, network: Network[Detector], photos: Phot
     return progress.end(f"{len(annotations):,} objects of score {config.evaluation.score:g} and more: {path}")
 
 
-def _certain(found: Found, least: float) -> Found:
-    """What has numbers, and no less than a score."""
-    sure = found.boxes.isfinite().all(1) & (found.scores >= least)
-    masks = None if found.masks is None else found.masks[sure]
-    return Found(found.boxes[sure], found.scores[sure], found.labels[sure], masks)
+def _finite(found: Found) -> Found:
+    """What has numbers: JSON has no others."""
+    finite = found.boxes.isfinite().all(1) & found.scores.isfinite()
+    masks = None if found.masks is None else found.masks[finite]
+    return Found(found.boxes[finite], found.scores[finite], found.labels[finite], masks)
 
 
 def _annotations(found: Found, image: int, first: int) -> list[dict[str, Any]]:

@@ -54,14 +54,16 @@ def plan_segmentation(config: SegmentConfig) -> Plan:
 def parts(config: SegmentConfig) -> Parts[SegmentationSource, Segmenter]:
     """What a segmenter's run is made of."""
     data = config.data
-    scale = (data.scale[0], data.scale[1])
+    try:
+        scenes = SceneTransform((data.scale[0], data.scale[1]), data.category_share, data.flip, data.photometric)
+    except ValueError as error:
+        raise ConfigError(f"data.scale: {error}") from None
     return Parts(
         open_images=lambda channels, _say: open_scenes(config, channels),
         build_model=partial(build_model, config),
         multiply_adds=segmenter_multiply_adds,
-        dataset=lambda train: SceneDataset(
-            train, SceneTransform(scale, data.category_share, data.flip, data.photometric), replace=True
-        ),
+        examined=partial(examined_sizes, config),
+        dataset=lambda train: SceneDataset(train, scenes, replace=True),
         task=Segmentation(config.model.auxiliary),
         watch=partial(watch, config),
         conclude=partial(conclude, config),
@@ -119,7 +121,7 @@ def examination(config: SegmentConfig) -> SceneExamination:
         ConfigError: sizes or strides that do not go together.
     """
     testing = config.evaluation
-    crop = size_of("data.size", config.data.size, (0, 0))
+    crop = size_of("data.size", config.data.size)
     whole = testing.window == "whole"
     window = None if whole else size_of("evaluation.window", testing.window, crop)
     steps = None if window is None else tuple(max(1, round(side * testing.stride)) for side in window)
@@ -132,6 +134,15 @@ def examination(config: SegmentConfig) -> SceneExamination:
         )
     except ValueError as error:
         raise ConfigError(f"evaluation: {error}") from None
+
+
+def examined_sizes(config: SegmentConfig, model: Segmenter) -> list[tuple[int, int]]:
+    """Sizes in px that the trunk may see: the window, or for whole images an upright and a lying one."""
+    how, grain = examination(config), model.trunk.grain
+    if how.window is not None:
+        return [how.window]
+    short = -(-how.short // grain) * grain
+    return [(short, short + grain), (short + grain, short)]
 
 
 def many_scales(config: SegmentConfig) -> SceneExamination | None:

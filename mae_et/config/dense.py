@@ -35,10 +35,10 @@ class TrunkConfig(NetworkConfig):
 
 @dataclass
 class DenseOptimConfig(LabelledOptimConfig):
-    """Batch, learning rate and optimizer; the learning rate is usually given as it is, not per 256 images."""
+    """Batch, learning rate and optimizer; published recipes give the learning rate as it is: `lr`."""
 
     batch: int = 16
-    lr: float | None = 1e-4
+    base_lr: float = 1.6e-3  # per 256 images: 1e-4 at 16
     min_lr: float = 0.0
     warmup: float = 0.01
     layer_decay: float | None = 0.7
@@ -53,7 +53,9 @@ class DetectionDataConfig(ImageDataConfig):
     """Images with boxes, maybe with masks."""
 
     source: str = "coco"  # coco (a JSON per split), instances (a folder of instance masks); `data=/folder` is its root
-    names: list[str] = field(default_factory=list)  # of the one class of `instances`
+    names: list[str] = field(
+        default_factory=list
+    )  # of the class of `instances`; of coco, how its categories are numbered
     size: Any = 1024  # px of the square (or [height, width]) that images are padded to
     scale: list[float] = field(default_factory=lambda: [0.1, 2.0])  # large-scale jitter: of the scale that just fits
 

@@ -32,7 +32,7 @@ import torch
 from mae_et.data.coco_file import read_coco
 from mae_et.data.decode import DEFAULT_MAX_PIXELS, ImageError
 from mae_et.data.files import SPLITS, FileSource, PathTable, listed
-from mae_et.data.instances import Instances
+from mae_et.data.instances import Instances, check_masks
 from mae_et.data.orientation import as_stored, orientation
 from mae_et.data.outlines import mask_tools
 
@@ -139,6 +139,7 @@ class CocoSource(FileSource):
         if height * width > self.max_pixels:
             size = f"{width} x {height} px by {self.file}"
             raise ImageError(f"{self.describe(i)}: too many pixels: {size}, above data.max_pixels={self.max_pixels}")
+        check_masks(len(present), (height, width), self.describe(i))
         masks = np.zeros((len(present), height, width), np.uint8)
         for k, mask in enumerate(masks):
             if not present[k]:

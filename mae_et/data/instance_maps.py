@@ -18,7 +18,7 @@ from scipy import ndimage
 from mae_et.data.decode import DEFAULT_MAX_PIXELS, ImageError
 from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource, listed, read_image
 from mae_et.data.index_masks import decode_indices
-from mae_et.data.instances import Instances
+from mae_et.data.instances import Instances, check_masks
 from mae_et.data.orientation import upright_size
 
 
@@ -92,6 +92,7 @@ class InstanceMapSource(FileSource):
         areas = np.bincount(numbers.ravel(), minlength=len(places) + 1)[found]
         bitmaps = None
         if masks:
+            check_masks(len(found), size, path)
             bitmaps = torch.from_numpy((numbers == np.array(found, np.int32)[:, None, None]).astype(np.uint8))
         return Instances(
             boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),

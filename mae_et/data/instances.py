@@ -7,6 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mae_et.data.decode import ImageError
+
+MASK_BYTES = 1 << 30  # of all masks of one image
+
+
+def check_masks(count: int, size: tuple[int, int], name: str) -> None:
+    """Refuse more masks than memory should be asked for: a photo taken for a map of objects has hundreds.
+
+    Args:
+        count: of masks.
+        size: (height, width) in px of each.
+        name: of the file that they are of.
+
+    Raises:
+        ImageError: they would take more than a gigabyte.
+    """
+    size_in_bytes = count * size[0] * size[1]
+    if size_in_bytes > MASK_BYTES:
+        raise ImageError(
+            f"{name}: masks of {count:,} objects on {size[1]} x {size[0]} px would take {size_in_bytes / 1e9:.1f} GB: "
+            "is it no photo, and are edges not smoothed? Make the images smaller, or the objects fewer"
+        )
+
 
 @dataclass(frozen=True)
 class Instances:

@@ -24,10 +24,11 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class Detection:
-    """The sum of a detector's losses. It draws nothing but from the samples' seeds."""
+    """The sum of a detector's losses."""
 
     def prepare(self, batch: DetectionBatch, now: StepPlan, device: torch.device) -> Objects:
-        """The batch on the device."""
+        """The batch on the device. Dropout, which few networks of timm have, is seeded as in `Classification`."""
+        torch.manual_seed(int(batch.seeds[0]))
         batch = batch.to(device)
         return Objects(batch.images, batch.sizes, batch.targets(), batch.seeds)
 
@@ -56,7 +57,7 @@ class Segmentation:
     auxiliary: float = 0.0
 
     def prepare(self, batch: SceneBatch, now: StepPlan, device: torch.device) -> Scenes:
-        """The batch on the device; dropout in the head is seeded as in `Classification`."""
+        """The batch on the device. Dropout in networks of timm is seeded as in `Classification`."""
         torch.manual_seed(int(batch.seeds[0]))
         batch = batch.to(device)
         return Scenes(batch.images, batch.masks, batch.seeds)

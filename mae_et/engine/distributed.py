@@ -223,8 +223,12 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """The buffers of a model's running statistics, which each rank counts on its own images; [] of most models."""
+    """The buffers of a model's running statistics, which each rank counts on its own images; [] of most models.
+
+    Those of layers whose weights are frozen stay as they are (`models.trunk`), and are left out.
+    """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    layers = [layer for layer in layers if layer.weight is None or layer.weight.requires_grad]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 

@@ -143,7 +143,7 @@ class SceneExamination:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.short < 1 or not self.scales or min(self.scales) <= 0:
+        if self.short < 1 or not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"short={self.short}, scales={self.scales}: choose a side of 1 px or more, scales above 0")
         if self.longest is not None and self.longest < self.short:
             raise ValueError(f"longest={self.longest} is less than short={self.short}: choose as much or more")

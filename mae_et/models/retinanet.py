@@ -92,7 +92,11 @@ class RetinaHead(nn.Module):
 
     def _levels(self, maps: list[Tensor]) -> list[Tensor]:
         used = maps[-self.used :]
-        return self.extra(used, used, [str(level) for level in range(len(used))])[0]
+        # In float32: oneDNN's bfloat16 gradient of a strided 3x3 kernel on a map of one cell holds whatever memory held
+        # before (torch 2.14.1 on a CPU with AVX-512; shown by tests/models/test_detection.py).
+        with torch.autocast(used[-1].device.type, enabled=False):
+            extra = self.extra([used[-1].float()], [used[-1].float()], [""])[0]
+        return [*used, *extra[1:]]
 
     def _match(self, target: Mapping[str, Tensor], anchors: Tensor, inside: Tensor) -> Tensor:
         """int64 [A]: the object of each anchor; -1 for background, -2 for those that do not count."""

@@ -217,6 +217,13 @@ def test_a_bad_image_is_replaced_and_listed(images, tmp_path):
     ("task", "changes", "message"),
     [
         ("detect", ["data.root=null"], "data.root is not set"),
+        ("detect", ["data.size=null"], "data.size=null"),
+        ("segment", ["data.size=null"], "data.size=null"),
+        ("detect", ["data.scale=[2,1]"], "data.scale"),
+        ("segment", ["data.scale=[2,1]"], "data.scale"),
+        ("segment", ["evaluation.scales=[.nan]"], "scales"),
+        ("segment", ['data.names=["a\\nb",blue,red]'], "a name that can be printed"),
+        ("detect", ["model.name=timm/beit_base_patch16_224", "evaluation.size=64"], "another size or model"),
         ("detect", ["data.size=40"], "data.size=40: sides must be multiples of 32 px for this network"),
         ("detect", ["evaluation.size=40"], "evaluation.size=40: sides must be multiples of 32 px"),
         ("detect", ["data.train_split=val"], "val"),
@@ -262,3 +269,26 @@ def test_rectangles(task, images, pretrained, tmp_path):
     run = here(images, tmp_path / "run", *changes)
     assert json.loads((run / "plan.json").read_text())["stages"][0]["bandwidth"] == [32, 64]
     assert {"val", "test"} <= set(report(run))
+
+
+def test_dropout_of_the_network_resumes_too(images, tmp_path):
+    """timm's own draws from torch's generator, which no checkpoint holds."""
+    network = ["model.name=timm/vit_tiny_patch16_224", "model.head=retinanet", "data.size=64", "steps=4"]
+    network += ["model.patch_size=16", "model.arguments={embed_dim: 16, depth: 2, num_heads: 2, proj_drop_rate: 0.3}"]
+    found = []
+    for name, stops in (("whole", (1.0,)), ("interrupted", (0.5, 1.0))):
+        changes = [*TINY_DETECT, *network, f"data={images}", f"run={tmp_path / name}", "evaluation.every=null"]
+        for until in stops:
+            assert detect(load_config(None, changes, DetectConfig), say=lambda _line: None, until=until) == 0
+        found.append(weights(tmp_path / name))
+    assert found[0] == found[1]
+
+
+def test_every_split_must_have_the_masks_that_are_scored(images, tmp_path):
+    copy = shutil.copytree(images, tmp_path / "images")
+    values = json.loads((copy / "test.json").read_text())
+    for annotation in values["annotations"]:
+        del annotation["segmentation"]
+    (copy / "test.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"coco test has none"):
+        detect_here(copy, tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_it_refuses(trained, tmp_path):
     shutil.rmtree(copies["unsaved"] / "checkpoints")
     (copies["nameless"] / "backbone.json").unlink()
     (copies["other"] / "classes.json").write_text('["one"]')
-    for arguments, message in (
+    refused: list[tuple[tuple[Any, ...], str]] = [
         ((run, tmp_path / "empty"), "no photos in"),
         ((run, tmp_path / "nothing"), "does not exist"),
         ((tmp_path / "empty", photos), "holds no run"),
@@ -255,6 +256,7 @@ def test_it_refuses(trained, tmp_path):
         ((run, photos, photos / "out"), "would be taken for photos"),
         ((run, photos, tmp_path / "out", 1.5), "--score 1.5 must be"),
         ((trained / "segment", photos, tmp_path / "out", 0.5), "is of detectors"),
-    ):
+    ]
+    for arguments, message in refused:
         with pytest.raises(ConfigError, match=message):
             predict(*arguments)
