@@ -7,9 +7,9 @@
 The run says which images, which sizes, which augmentation and which batch, and how many seconds of training it took (or
 give --seconds). Detectors are Faster R-CNN on MobileNetV3-Large with torchvision's 320-px settings, and for masks Mask
 R-CNN on a ResNet-18 with a feature pyramid; the segmenter is LR-ASPP on MobileNetV3-Large. AdamW; the learning rate
-warms up over the first twentieth of the time and falls on half a cosine; gradients are clipped to norm 1. The
-segmenter trains under bf16 autocast, as ours; torchvision's detectors in fp32: under autocast they decode boxes in
-bf16, and Mask R-CNN's loss became NaN within 50 steps.
+warms up over the first twentieth of the time and falls on half a cosine; gradients are clipped to norm 1. Training
+is under bf16 autocast, as ours, or in fp32 with --fp32: torchvision's Mask R-CNN became NaN under autocast, which decodes
+boxes in bf16.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def fit(
     config: Any,
     seconds: float,
     rate: float,
-    bf16: bool = False,
+    bf16: bool,
 ) -> int:
     """Train for so many seconds of steps; returns how many there were."""
     size = as_size(config.data.size)
@@ -125,7 +125,7 @@ def fit(
     return steps
 
 
-def peer_of_detector(config: DetectConfig, seconds: float, rate: float) -> str:
+def peer_of_detector(config: DetectConfig, seconds: float, rate: float, bf16: bool) -> str:
     """AP of torchvision's detector on the run's test images."""
     images = detecting.open_objects(config, 3, print)
     masks, size = detecting.wants_masks(config), as_size(config.data.size)
@@ -136,7 +136,7 @@ def peer_of_detector(config: DetectConfig, seconds: float, rate: float) -> str:
         targets = [{**target, "labels": target["labels"] + 1} for target in batch.targets()]
         return sum(model(list(batch.images.float() / 255), targets).values(), torch.zeros(()))
 
-    steps = fit(model, loss, dataset, config, seconds, rate)
+    steps = fit(model, loss, dataset, config, seconds, rate, bf16)
     source = images.test or images.val
     assert source is not None, "the run has neither test nor held-out images"
     tally, fitted = DetectionTally(len(source.classes), masks), FitTransform()
@@ -157,7 +157,7 @@ def peer_of_detector(config: DetectConfig, seconds: float, rate: float) -> str:
     return f"{type(model).__name__}, {parameters:.1f} M parameters, {steps} steps: {detecting.in_words(tally.result())}"
 
 
-def peer_of_segmenter(config: SegmentConfig, seconds: float, rate: float) -> str:
+def peer_of_segmenter(config: SegmentConfig, seconds: float, rate: float, bf16: bool) -> str:
     """mIoU of torchvision's segmenter on the run's test images."""
     images = segmenting.open_scenes(config, 3)
     model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(images.classes))
@@ -166,7 +166,7 @@ def peer_of_segmenter(config: SegmentConfig, seconds: float, rate: float) -> str
         logits = model(normalised(batch.images))["out"].float()
         return F.cross_entropy(logits, batch.masks.long(), ignore_index=255)
 
-    steps = fit(model, loss, segmenting.parts(config).dataset(images.train), config, seconds, rate, bf16=True)
+    steps = fit(model, loss, segmenting.parts(config).dataset(images.train), config, seconds, rate, bf16)
     source, how = images.test or images.val, segmenting.examination(config)
     assert source is not None, "the run has neither test nor held-out images"
     tally = ConfusionTally(len(source.classes), "cpu")
@@ -187,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("--seconds", type=float, help="of training; by default the run's own")
+    parser.add_argument("--fp32", action="store_true", help="train in fp32")
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     options = parser.parse_args()
     file = options.run / "config.yaml"
@@ -200,7 +201,9 @@ def main() -> None:
         torch.set_num_threads(config.engine.threads)
     torch.manual_seed(config.seed)
     peer: Callable[..., str] = peer_of_detector if detects else peer_of_segmenter
-    print(f"{peer(config, seconds, options.rate)} ({seconds:.0f} s, {torch.get_num_threads()} threads)")
+    print(
+        f"{peer(config, seconds, options.rate, not options.fp32)} ({seconds:.0f} s, {torch.get_num_threads()} threads)"
+    )
 
 
 if __name__ == "__main__":

@@ -182,7 +182,8 @@ class DetectionTally:
             assert truth.masks is not None, f"image {image} has no masks"
             assert masks.shape[1:] == truth.masks.shape[1:], f"{masks.shape} against {truth.masks.shape}"
             size = (int(masks.shape[1]), int(masks.shape[2]))
-            found, true = _runs(masks.cpu()[finite]), _runs(truth.masks)
+            masks = masks.cpu()
+            found, true = _runs(masks if finite.all() else masks[finite]), _runs(truth.masks)
         self._images[image] = _Image(
             size=size,
             boxes=_array(boxes.detach().cpu()[finite]),
@@ -260,10 +261,11 @@ def _array(values: Tensor) -> np.ndarray:
 
 def _runs(masks: Tensor) -> list[bytes]:
     """Masks [K, H, W] as COCO's run lengths."""
-    if not len(masks):
-        return []
-    bitmaps = np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).numpy())
-    return [runs["counts"] for runs in mask_tools().encode(bitmaps)]
+    found: list[bytes] = []
+    for some in masks.split(8) if len(masks) else ():  # a photo's masks are large, and this copies them
+        bitmaps = np.asfortranarray(some.to(torch.uint8).permute(1, 2, 0).numpy())
+        found += [runs["counts"] for runs in mask_tools().encode(bitmaps)]
+    return found
 
 
 def _measure(images: Sequence[_Image], masks: bool) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class RetinaHead(nn.Module):
         used = maps[-self.used :]
         # In float32: oneDNN's bfloat16 gradient of a strided 3x3 kernel on a map of one cell holds whatever memory held
         # before (torch 2.14.1 on a CPU with AVX-512; shown by tests/models/test_detection.py).
-        with torch.autocast(used[-1].device.type, enabled=False):
+        device = used[-1].device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             extra = self.extra([used[-1].float()], [used[-1].float()], [""])[0]
         return [*used, *extra[1:]]
 

@@ -339,3 +339,22 @@ def test_arguments_that_do_not_go_together_are_refused():
         with pytest.raises(ValueError, match=r"sizes of anchors .* the 5 levels with strides"):
             detector("faster_rcnn", anchor_sizes=sizes)
     assert detector("retinanet", anchor_sizes=[[10], [20], [40], [80], [160]]).head.layers is not None
+
+
+def test_the_gradient_of_a_map_of_one_cell_is_right_in_bfloat16():
+    """oneDNN's, of a strided 3x3 kernel, holds what memory held before: the last levels are computed in float32."""
+    torch.manual_seed(0)
+    model = detector("retinanet")
+    maps = [torch.randn(2, model.trunk.channels, 64 // stride, 64 // stride) for stride in model.trunk.strides]
+    gradients = []
+    for enabled in (False, True, True):
+        model.zero_grad()
+        junk = [torch.full((2000,), 1e30) for _ in range(100)]
+        del junk
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = model.head._levels([level.clone() for level in maps])
+        assert levels[-1].shape[2:] == (1, 1)
+        levels[-1].float().square().sum().backward()
+        gradients.append(model.head.extra.p7.weight.grad.clone())
+    assert torch.equal(gradients[1], gradients[2])
+    torch.testing.assert_close(gradients[1], gradients[0])
