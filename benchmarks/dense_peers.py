@@ -8,8 +8,8 @@ The run says which images, which sizes, which augmentation and which batch, and 
 give --seconds). Detectors are Faster R-CNN on MobileNetV3-Large with torchvision's 320-px settings, and for masks Mask
 R-CNN on a ResNet-18 with a feature pyramid; the segmenter is LR-ASPP on MobileNetV3-Large. AdamW; the learning rate
 warms up over the first twentieth of the time and falls on half a cosine; gradients are clipped to norm 1. Training
-is under bf16 autocast, as ours, or in fp32 with --fp32: torchvision's Mask R-CNN became NaN under autocast, which decodes
-boxes in bf16.
+is under bf16 autocast, as ours, or in fp32 with --fp32: torchvision's Mask R-CNN became NaN under autocast, which
+decodes boxes in bf16.
 """
 
 from __future__ import annotations
