@@ -243,7 +243,8 @@ def segmentation_loss(outputs: Mapping[str, Tensor], masks: Tensor, auxiliary: f
     truth = masks.long()
 
     def loss(logits: Tensor) -> Tensor:
-        # Without reduction: summed by the kernel itself, a GPU's result would differ from run to run.
+        # Without reduction: summed by the kernel itself, a GPU's loss would differ from run to run. (Gradients there
+        # still do: those of enlarging are added up in any order.)
         enlarged = _resize(logits, (masks.shape[1], masks.shape[2]))
         return F.cross_entropy(enlarged, truth, ignore_index=IGNORE, reduction="none").mean()
 
