@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from mae_et.config.dense import DETECTORS
 from tests.end_to_end.annotated import detect_here, segment_here, write_objects
 
 # Nothing that would make two views of an image differ, and one learning rate for all layers.
@@ -27,12 +26,11 @@ def found(run):
     return json.loads((run / "report.json").read_text())["test"]
 
 
-@pytest.mark.parametrize("head", DETECTORS)
+# Faster and Cascade R-CNN are parts of these; benchmarks/overfit.py has them all, on photos.
+@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
 def test_detectors(head, images, tmp_path):
     changes = ["model.representation=64", "model.mask_channels=16", "model.samples=32", "model.anchor_scale=0.5"]
-    # After 80 steps, of faster_rcnn's kind, the second of two near-equal boxes may still be the better one.
-    steps = 80 if head == "faster_rcnn" else 140
-    changes += [f"model.head={head}", "optim.lr=2e-3", f"steps={steps}"]
+    changes += [f"model.head={head}", "optim.lr=2e-3", "steps=140"]
     scores = found(detect_here(images, tmp_path / "run", *PLAIN, *changes))
     assert scores["boxes"]["ap50"] > 0.9
     assert (scores["masks"] is None) == ("mask" not in head)
