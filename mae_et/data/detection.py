@@ -14,6 +14,7 @@ from mae_et.data.coco import coco_splits, open_coco
 from mae_et.data.decode import DEFAULT_MAX_PIXELS
 from mae_et.data.instance_maps import instance_map_splits, open_instance_maps
 from mae_et.data.instances import Instances
+from mae_et.data.splits import Chosen, draw_held_out
 
 _OPENERS = {"coco": open_coco, "instances": open_instance_maps}
 _SPLITS = {"coco": coco_splits, "instances": instance_map_splits}
@@ -105,68 +106,26 @@ def _check(kind: str) -> None:
         raise ValueError(f"data.source={kind} is unknown; {hint}There are {', '.join(DETECTION_KINDS)}")
 
 
-class DetectionSubset:
-    """Chosen images of a source, numbered anew, with the source's classes.
-
-    Args:
-        source: where the images are.
-        indices: their numbers there, in the order that they get here.
-        name: what it is called in messages and logs; the source's name by default.
-    """
+class DetectionSubset(Chosen[DetectionSource]):
+    """Chosen images of a source, numbered anew, with the source's classes."""
 
     def __init__(self, source: DetectionSource, indices: np.ndarray, name: str | None = None) -> None:
-        self.source = source
-        self.indices = np.array(indices, np.int64)
-        self.name = source.name if name is None else name
-        self.channels, self.classes, self.has_masks = source.channels, source.classes, source.has_masks
+        super().__init__(source, indices, name)
+        self.has_masks = source.has_masks
         self.image_ids, self.category_ids = source.image_ids[self.indices], source.category_ids
         self.remarks = source.remarks
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, i: int) -> torch.Tensor:
-        """Return image `i`, uint8 [channels, H, W]; raise ImageError if it cannot be used."""
-        return self.source.image(self._index(i))
 
     def instances(self, i: int, masks: bool = True) -> Instances:
         """Return the objects of image `i`; raise ImageError if they cannot be used."""
         return self.source.instances(self._index(i), masks)
 
-    def describe(self, i: int) -> str:
-        """Return what the source says of image `i`."""
-        return self.source.describe(self._index(i))
-
-    def _index(self, i: int) -> int:
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        return int(self.indices[i])
-
 
 def hold_out_images(source: DetectionSource, share: float, seed: int) -> tuple[DetectionSubset, DetectionSubset]:
-    """Split a set into (kept, held out), for choosing what test data must not choose.
+    """Split a set into (kept, held out), for choosing what test data must not choose; see `draw_held_out`.
 
-    The share is rounded to the nearest number of images, at least one and never all. Both parts are in the source's
-    order. What is drawn depends on the number of images, the share and the seed, on nothing else; a larger share holds
-    out the same images and more.
-
-    Args:
-        source: of two images or more.
-        share: the fraction to hold out, between 0 and 1.
-        seed: chooses the images, a non-negative integer below 2^64.
-
-    Raises:
-        ValueError: share is not between 0 and 1, or there are fewer than two images.
+    Both parts are in the source's order.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"held-out share {share} is not between 0 and 1; 0.1 holds out one image in ten")
-    count = len(source)
-    if count < 2:
-        raise ValueError(f"{source.name} has {count} image, nothing to hold out; give it a validation split")
-    # The raw bits of Philox, which NumPy promises to keep (NEP 19), unlike its permutations.
-    bits = np.random.Philox(key=np.array([seed, _HOLD_OUT], np.uint64)).random_raw(count)
-    held = np.zeros(count, bool)
-    held[np.argsort(bits, kind="stable")[: min(max(int(count * share + 0.5), 1), count - 1)]] = True
+    held = draw_held_out(source, share, seed, _HOLD_OUT)
     return (
         DetectionSubset(source, np.flatnonzero(~held), f"{source.name}, {1 - share:.3g} kept"),
         DetectionSubset(source, np.flatnonzero(held), f"{source.name}, {share:.3g} held out"),

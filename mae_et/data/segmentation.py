@@ -17,6 +17,7 @@ from mae_et.data.index import Watch
 from mae_et.data.index_masks import decode_indices, on_shown_grid, to_classes
 from mae_et.data.panoptic import PANOPTIC_SPLITS, open_panoptic
 from mae_et.data.segmentation_transforms import IGNORE
+from mae_et.data.splits import Chosen, draw_held_out
 
 KINDS = ("pairs", "ade20k", "coco_panoptic")
 _MOST_CLASSES = 255  # 255 itself stands for none
@@ -262,63 +263,22 @@ def _by_stem(folder: Path) -> dict[str, str]:
     return paths
 
 
-class SegmentationSubset:
-    """Chosen images of a source, numbered anew.
-
-    Args:
-        source: where the images are.
-        indices: their numbers there, in the order that they get here.
-        name: what it is called in messages and logs; the source's name by default.
-    """
-
-    def __init__(self, source: SegmentationSource, indices: np.ndarray, name: str | None = None) -> None:
-        self.source = source
-        self.indices = np.array(indices, np.int64)
-        self.name = source.name if name is None else name
-        self.channels, self.classes = source.channels, source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, i: int) -> torch.Tensor:
-        """Return image `i`, uint8 [channels, H, W]; raise ImageError if it cannot be used."""
-        return self.source.image(self._index(i))
+class SegmentationSubset(Chosen[SegmentationSource]):
+    """Chosen images of a source, numbered anew, with the source's classes."""
 
     def mask(self, i: int) -> torch.Tensor:
         """Return the class of each pixel of image `i`, uint8 [H, W], 255 for none; raise ImageError as `image`."""
         return self.source.mask(self._index(i))
 
-    def describe(self, i: int) -> str:
-        """Return what the source says of image `i`."""
-        return self.source.describe(self._index(i))
-
-    def _index(self, i: int) -> int:
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        return int(self.indices[i])
-
 
 def hold_out_scenes(
     source: SegmentationSource, share: float, seed: int
 ) -> tuple[SegmentationSubset, SegmentationSubset]:
-    """Split a train set into (kept, held out), for choosing what test data must not choose.
+    """Split a set into (kept, held out), for choosing what test data must not choose; see `draw_held_out`.
 
-    The share is rounded to the nearest number of images, at least one and never all. Classes are not balanced: an
-    image has many. What is drawn depends on the number of images, the share and the seed, on nothing else; a larger
-    share holds out the same images and more. Both parts are in the source's order.
-
-    Raises:
-        ValueError: if share is not between 0 and 1, or there is a single image.
+    Classes are not balanced: an image has many. Both parts are in the source's order.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"held-out share {share} is not between 0 and 1; 0.1 holds out one image in ten")
-    if len(source) < 2:
-        raise ValueError(f"{source.name} has one image, nothing to hold out; give it a validation split")
-    # The raw bits of Philox are what NumPy promises to keep (NEP 19).
-    bits = np.random.Philox(key=np.array([seed, _HOLD_OUT], np.uint64)).random_raw(len(source))
-    count = min(max(int(np.floor(len(source) * share + 0.5)), 1), len(source) - 1)
-    held = np.zeros(len(source), bool)
-    held[np.argsort(bits, kind="stable")[:count]] = True
+    held = draw_held_out(source, share, seed, _HOLD_OUT)
     return (
         SegmentationSubset(source, np.flatnonzero(~held), f"{source.name}, {1 - share:.3g} kept"),
         SegmentationSubset(source, np.flatnonzero(held), f"{source.name}, {share:.3g} held out"),

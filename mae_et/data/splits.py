@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Generic, Protocol, TypeVar
+
 import numpy as np
 import torch
 
@@ -13,8 +15,25 @@ _HOLD_OUT = int.from_bytes(b"hold out", "big")
 _FEW_SHOT = int.from_bytes(b"few shot", "big")
 
 
-class Subset:
-    """Chosen images of a source, numbered anew, with the source's classes.
+class Images(Protocol):
+    """What all kinds of sets have; see `mae_et.data.sources.Source`."""
+
+    name: str
+    channels: int
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> torch.Tensor: ...
+
+    def describe(self, i: int) -> str: ...
+
+
+S = TypeVar("S", bound=Images)
+
+
+class Chosen(Generic[S]):
+    """Chosen images of a set of any kind, numbered anew, with the set's classes.
 
     Args:
         source: where the images are.
@@ -22,13 +41,12 @@ class Subset:
         name: what it is called in messages and logs; the source's name by default.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, name: str | None = None) -> None:
+    def __init__(self, source: S, indices: np.ndarray, name: str | None = None) -> None:
         self.source = source
         self.indices = np.array(indices, np.int64)
         self.name = source.name if name is None else name
         self.channels = source.channels
         self.classes = source.classes
-        self.labels = source.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -36,10 +54,6 @@ class Subset:
     def image(self, i: int) -> torch.Tensor:
         """Return image `i`, uint8 [channels, H, W]; raise ImageError if it cannot be used."""
         return self.source.image(self._index(i))
-
-    def label(self, i: int) -> int:
-        """Return the class number of image `i`, -1 for none."""
-        return self.source.label(self._index(i))
 
     def describe(self, i: int) -> str:
         """Return what the source says of image `i`: its path, or the number that it has there."""
@@ -49,6 +63,46 @@ class Subset:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         return int(self.indices[i])
+
+
+class Subset(Chosen[Source]):
+    """Chosen images of a labelled source."""
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str | None = None) -> None:
+        super().__init__(source, indices, name)
+        self.labels = source.labels[self.indices]
+
+    def label(self, i: int) -> int:
+        """Return the class number of image `i`, -1 for none."""
+        return self.source.label(self._index(i))
+
+
+def draw_held_out(source: Images, share: float, seed: int, purpose: int) -> np.ndarray:
+    """Choose a share of images to hold out, whatever is on them: bool [N].
+
+    The share is rounded to the nearest number of images, at least one and never all. What is drawn depends on the
+    number of images, the share, the seed and the purpose, on nothing else; a larger share holds out the same images
+    and more.
+
+    Args:
+        source: of two images or more.
+        share: between 0 and 1.
+        seed: a non-negative integer below 2^64.
+        purpose: second word of the Philox key, the first being the seed.
+
+    Raises:
+        ValueError: the share is not between 0 and 1, or there are fewer than two images.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"held-out share {share} is not between 0 and 1; 0.1 holds out one image in ten")
+    count = len(source)
+    if count < 2:
+        raise ValueError(f"{source.name} has one image, nothing to hold out; give it a validation split")
+    # The raw bits of Philox, which NumPy promises to keep (NEP 19), unlike its permutations.
+    bits = np.random.Philox(key=np.array([seed, purpose], np.uint64)).random_raw(count)
+    held = np.zeros(count, bool)
+    held[np.argsort(bits, kind="stable")[: min(max(int(count * share + 0.5), 1), count - 1)]] = True
+    return held
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
