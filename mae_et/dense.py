@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -18,6 +18,7 @@ from mae_et.curriculum import Curriculum, LearningRate, Plan
 from mae_et.curriculum.cost import CountedCost
 from mae_et.curriculum.stage import as_size, format_size
 from mae_et.data.loader import SampleDataset
+from mae_et.data.splits import Images
 from mae_et.engine.distributed import Ranks
 from mae_et.engine.loop import Observer
 from mae_et.engine.optim import supervised_groups
@@ -25,6 +26,7 @@ from mae_et.engine.run_folder import RunFolder
 from mae_et.engine.state import TrainState
 from mae_et.engine.tasks import Task
 from mae_et.exchange.matching import load_weights
+from mae_et.labelled import AnnotatedImages
 from mae_et.models.detection import Detector
 from mae_et.models.segmentation import Segmenter
 from mae_et.models.trunk import Kind, Trunk, build_trunk, check_trunk
@@ -173,42 +175,7 @@ def dense_state(config: DenseConfig, model: nn.Module, trunk: Trunk, ranks: Rank
     return build_state(config, model, trunk.net, groups, ranks)
 
 
-class Numbered(Protocol):
-    """A set of annotated images."""
-
-    name: str
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-
-S = TypeVar("S", bound=Numbered)
-
-
-@dataclass(frozen=True)
-class AnnotatedImages(Generic[S]):
-    """Images by what they are for.
-
-    Attributes:
-        train: to learn from.
-        val: to choose settings by, and to watch; None where nothing is held out.
-        test: for one number at the end; None where the set has no such images.
-    """
-
-    train: S
-    val: S | None
-    test: S | None
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names, by class number."""
-        return self.train.classes
-
-    def describe(self) -> str:
-        """One line for people."""
-        parts = {"train": self.train, "val": self.val, "test": self.test}
-        counts = ", ".join(f"{len(source):,} {name}" for name, source in parts.items() if source is not None)
-        return f"{self.train.name}: {counts} images, {len(self.classes)} classes"
+S = TypeVar("S", bound=Images)
 
 
 def open_annotated(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from mae_et.config import ConfigError, LabelledDataConfig
 from mae_et.data.sources import Source, available_splits
-from mae_et.data.splits import check_labels, check_same_classes, few_shot, hold_out
+from mae_et.data.splits import Images, check_labels, check_same_classes, few_shot, hold_out
 from mae_et.running import open_images
+
+S = TypeVar("S", bound=Images)
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Labelled images by what they are for.
+class AnnotatedImages(Generic[S]):
+    """Images by what they are for.
 
     Attributes:
         train: to learn from.
@@ -20,9 +23,9 @@ class LabelledImages:
         test: for one number at the end; None where the set has no such images.
     """
 
-    train: Source
-    val: Source | None
-    test: Source | None
+    train: S
+    val: S | None
+    test: S | None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -34,6 +37,10 @@ class LabelledImages:
         parts = {"train": self.train, "val": self.val, "test": self.test}
         counts = ", ".join(f"{len(source):,} {name}" for name, source in parts.items() if source is not None)
         return f"{self.train.name}: {counts} images of {len(self.classes)} classes"
+
+
+class LabelledImages(AnnotatedImages[Source]):
+    """Labelled images by what they are for."""
 
 
 def open_labelled(data: LabelledDataConfig, channels: int, training: bool = True) -> LabelledImages:

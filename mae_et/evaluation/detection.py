@@ -12,7 +12,6 @@ None here and -1 in COCO's own tools.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -146,9 +145,7 @@ class DetectionTally:
         self.classes = classes
         self.masks = masks
         self._images: dict[int, _Image] = {}
-        mask_tools()
-        if importlib.util.find_spec("torchmetrics") is None:  # importing it takes seconds
-            raise ValueError("AP needs torchmetrics, an optional package: pip install 'mae_et[dense]'")
+        check_installed()
 
     def __len__(self) -> int:
         return len(self._images)

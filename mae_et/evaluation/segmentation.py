@@ -24,9 +24,6 @@ from mae_et.models.segmentation import Segmenter
 
 Size = tuple[int, int]
 
-PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of multi-scale testing in mmsegmentation, with `flip`; the second column of mIoU in tables of ADE20K."""
-
 
 @dataclass(frozen=True)
 class SegmentationResult:

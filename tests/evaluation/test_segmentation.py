@@ -15,7 +15,6 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from mae_et.engine.precision import Precision
 from mae_et.evaluation.segmentation import (
-    PAPER_SCALES,
     ConfusionTally,
     SceneExamination,
     _logits,
@@ -243,7 +242,7 @@ def test_windows_of_a_local_model_are_the_whole_image():
 def test_constant_logits_are_constant(window, flip):
     constant = torch.tensor([0.1, 0.3, 0.2]).view(1, 3, 1, 1)
     model = Model(lambda images: constant.expand(1, 3, *images.shape[2:]))
-    how = SceneExamination(50, window=window, scales=PAPER_SCALES, flip=flip)
+    how = SceneExamination(50, window=window, scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=flip)
     assert predict_scene(model, scene(), how, "cpu").unique().tolist() == [1]
 
 
