@@ -11,6 +11,7 @@ from mae_et.config import ConfigError, PretrainConfig
 from mae_et.curriculum.time_table import time_table
 from mae_et.data.loader import RequestDataset
 from mae_et.data.sources import Source
+from mae_et.data.splits import hold_out
 from mae_et.data.transforms import CropTransform
 from mae_et.engine.distributed import Ranks
 from mae_et.engine.loop import Observer
@@ -84,6 +85,24 @@ def build_source(config: PretrainConfig, split: str | None = None, evaluation: b
     return open_images("evaluation" if evaluation else "data", kind, root, split or data.split, data, data.channels)
 
 
+def build_labelled_sets(config: PretrainConfig) -> LabelledSets:
+    """Images that scores learn from, and those that they are taken on: another split, or a share held out of the first.
+
+    What is held out depends on the images alone, so that all runs are scored on the same.
+
+    Raises:
+        ConfigError: there are none, or none to hold out.
+    """
+    scores = config.evaluation
+    train = build_source(config, scores.train_split, evaluation=True)
+    if scores.holdout is None:
+        return LabelledSets(train, build_source(config, scores.test_split, evaluation=True))
+    try:
+        return LabelledSets(*hold_out(train, scores.holdout, seed=0))
+    except ValueError as error:
+        raise ConfigError(f"evaluation.holdout={scores.holdout}: {error}") from None
+
+
 def build_transform(config: PretrainConfig) -> CropTransform:
     """Crop and flip in the worker, down to B unless the device does that.
 
@@ -136,9 +155,7 @@ def build_observers(
             PictureObserver(model, state.precision, source, transform, prepare, folder.pictures, samples, config.seed)
         )
     if config.evaluation.every is not None:
-        splits = (config.evaluation.train_split, config.evaluation.test_split)
-        sets = LabelledSets(*(build_source(config, split, evaluation=True) for split in splits))
-        size = final_size(config)
+        sets, size = build_labelled_sets(config), final_size(config)
         observers.append(ScoreObserver(model, state.precision, sets, config.evaluation, size, workers))
     return observers
 

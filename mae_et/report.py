@@ -18,9 +18,9 @@ from mae_et.engine.checkpoint import latest_checkpoint
 from mae_et.engine.distributed import choose_device
 from mae_et.engine.precision import Precision, choose_attention
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
-from mae_et.evaluation.scores import Embed, LabelledSets, embed_pixels, embed_with, score
+from mae_et.evaluation.scores import Embed, embed_pixels, embed_with, score
 from mae_et.planning import final_size, plan_of
-from mae_et.pretraining import build_model, build_source
+from mae_et.pretraining import build_labelled_sets, build_model
 from mae_et.running import prepare_device
 from mae_et.tracking import read_metrics
 from mae_et.tracking.curves import curve_picture
@@ -50,7 +50,7 @@ def evaluate_run(run: str, overrides: Sequence[str] = ()) -> dict[str, dict[str,
     rows = read_metrics(folder.metrics_path)
 
     scores = run_scores(config, folder)
-    print(score_table(scores))
+    print(score_table(scores, "test" if config.evaluation.holdout is None else "held-out"))
     try:
         costs = stage_costs(plan, rows)
         curve_picture(rows, folder.pictures / "curves.png")
@@ -71,8 +71,7 @@ def run_scores(config: PretrainConfig, folder: RunFolder) -> dict[str, dict[str,
     prepare_device(config)
     device = choose_device(config.engine.device, 0)
     precision = Precision.choose(config.engine.precision, device)
-    splits = (config.evaluation.train_split, config.evaluation.test_split)
-    sets = LabelledSets(*(build_source(config, split, evaluation=True) for split in splits))
+    sets = build_labelled_sets(config)
     untrained, pretrained = (build_model(config).to(device).eval() for _ in range(2))
     pretrained.load_state_dict(checkpoint.tensors["model"])
     for model in (untrained, pretrained):
@@ -86,12 +85,12 @@ def run_scores(config: PretrainConfig, folder: RunFolder) -> dict[str, dict[str,
     return {name: score(embed, sets, config.evaluation, size, workers) for name, embed in embeddings.items()}
 
 
-def score_table(scores: dict[str, dict[str, float]]) -> str:
+def score_table(scores: dict[str, dict[str, float]], images: str = "test") -> str:
     """Scores in per cent, one row an embedding."""
     names = {"pretrained": "pretrained encoder", "untrained": "same encoder, untrained", "pixels": "raw pixels"}
     columns = list(next(iter(scores.values())))
     rows = [[names[kind], *(f"{100 * values[c]:.1f} %" for c in columns)] for kind, values in scores.items()]
-    return text_table(["test accuracy", *columns], rows)
+    return text_table([f"{images} accuracy", *columns], rows)
 
 
 def stage_costs(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[dict[str, float | str]]:

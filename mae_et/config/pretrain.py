@@ -136,6 +136,7 @@ class EvaluationConfig:
     root: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    holdout: float | None = None  # share of train_split to score on in place of test_split: for choices between runs
     train_images: int | None = 10_000  # null takes all
     test_images: int | None = 2_000
     knn: list[int] = field(default_factory=lambda: [20])
@@ -148,6 +149,7 @@ class EvaluationConfig:
     RANGES: ClassVar[Ranges] = {
         "every": (0, 1, False),
         "crop_fraction": (0, 1, False),
+        "holdout": (0, 0.999999, False),
         "train_images": (2, math.inf, True),
         "test_images": (1, math.inf, True),
     }

@@ -18,7 +18,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="default: laptop")
     command.add_argument("--plan", action="store_true", help="print the cost, and run nothing")
     command.add_argument("--yes", action="store_true", help="start at the paper's scale, which takes days of GPUs")
-    command.add_argument("--only", nargs="+", default=[], metavar="CELL", help="run these cells alone")
+    command.add_argument(
+        "--only", nargs="+", default=[], metavar="CELL", help="run these cells, or patterns of a grid, alone"
+    )
     command.add_argument(
         "--runs", metavar="FOLDER", help="of the runs; default: runs/reproduce/<scale>, which tables share"
     )
@@ -31,6 +33,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--launch", default="", metavar="COMMAND", help='of training: "torchrun --standalone --nproc_per_node=8"'
     )
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; default: 1")
     command.set_defaults(action=_reproduce)
 
 
@@ -44,6 +47,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     wrong = [pair for pair in options.places if "=" not in pair]
     if wrong:
         raise ConfigError(f"--set {wrong[0]} is not of the form name=path")
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: at least one run at a time")
     if options.change and options.runs is None:
         raise ConfigError("--change makes other runs than the experiment's: say with --runs where they go")
     return reproduce(
@@ -56,4 +61,5 @@ def _reproduce(options: argparse.Namespace) -> int:
         options.plan,
         options.yes,
         options.launch.split(),
+        options.jobs,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from mae_et.tracking.jsonl import read_metrics
 MARKER = "cell.json"
 # Files in which programs leave their results, and where in them the accuracy is, the first that is there.
 RESULTS = {"report.json": ("test.top1",), "scores.json": ("scores.top1", "scores.top1_k20")}
+# Scores that pretraining took of itself, in its metrics.
+PRETRAINING_SCORES = ("eval/probe", "eval/knn20")
 
 Say = Callable[[str], None]
 
@@ -90,6 +94,39 @@ def is_done(run: Run) -> bool:
     return any((run.folder / name).exists() for name in RESULTS)
 
 
+def make_all(runs: Sequence[Run], jobs: int, say: Say, launch: Sequence[str] = ()) -> None:
+    """Make what is missing of some runs, in their order, each after those whose folders it names.
+
+    Args:
+        runs: with the ones that others use before these.
+        jobs: how many at a time.
+        say, launch: see `make`.
+
+    Raises:
+        RuntimeError: a run failed; those that had begun are waited for, and no other is started.
+        ConfigError: a folder was made by another command.
+    """
+    begun: dict[Path, Future[None]] = {}
+
+    def one(run: Run, needed: Sequence[Future[None]]) -> None:
+        for other in needed:
+            other.result()
+        make(run, say, launch)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for run in [run for run in runs if not is_done(run)]:
+                named = [REPOSITORY / word.rpartition("=")[2] for word in run.words]
+                # What a run needs was begun before it, so that no worker waits for what none has begun.
+                begun[run.folder] = pool.submit(one, run, [begun[place] for place in named if place in begun])
+            done, _rest = wait(begun.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            for future in begun.values():
+                future.cancel()
+    for future in done:
+        future.result()
+
+
 def make(run: Run, say: Say, launch: Sequence[str] = ()) -> None:
     """Start a run, or go on with it; its output is in <folder>.log.
 
@@ -100,26 +137,44 @@ def make(run: Run, say: Say, launch: Sequence[str] = ()) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with log.open("a") as output:
-        done = subprocess.run(line, cwd=REPOSITORY, check=False, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
+        process = subprocess.Popen(line, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen's own, it says what the process used
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise RuntimeError(f"{run.cell.name}, seed {run.seed} failed ({log}):\n{' '.join(line)}\n{tail}")
     seconds = time.perf_counter() - started
     run.folder.mkdir(exist_ok=True)
     written = run.folder / f"{MARKER}.tmp"
-    written.write_text(json.dumps({"command": run.words, "seed": run.seed, "seconds": seconds}, indent=1))
+    values = {
+        "command": run.words,
+        "seed": run.seed,
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
+    written.write_text(json.dumps(values, indent=1))
     written.replace(run.folder / MARKER)
     say(f"{run.cell.name}, seed {run.seed}: {seconds:.0f} s")
 
 
-def score(run: Run) -> float | None:
-    """Test accuracy in [0, 1]; None for runs that have none, or not yet."""
+def score(run: Run, which: str = "") -> float | None:
+    """Accuracy in [0, 1], on test images unless the command says otherwise; None for runs that have none, or not yet.
+
+    Args:
+        run: a seed of a cell.
+        which: one of `RESULTS` or `PRETRAINING_SCORES`; "" takes the first that is there.
+    """
     if run.cell.program not in (*TRAINING, *PROBES):
         return None
+    metrics = run.folder / "metrics.jsonl"
+    if run.cell.program == "pretrain.py" and metrics.exists():
+        rows = read_metrics(metrics)
+        names = [which] if which else PRETRAINING_SCORES
+        return next((row[name] for name in names for row in reversed(rows) if name in row), None)
     for name, keys in RESULTS.items():
         path = run.folder / name
         found = json.loads(path.read_text()) if path.exists() else {}
-        for key in keys:
+        for key in [which] if which else keys:
             value = _lookup(found, key)
             if value is not None:
                 return float(value)
@@ -133,8 +188,25 @@ def _lookup(values: Any, key: str) -> Any:
     return values
 
 
-def spent(run: Run) -> tuple[float, float] | None:
-    """(FLOPs, minutes) of a run's training; None where nothing was trained."""
+class Spent(NamedTuple):
+    """What a run's training took.
+
+    `core_minutes` are the minutes times the cores that the process had in the mean, so that other work on the machine
+    hardly changes them. None where they were not kept.
+    """
+
+    flops: float
+    minutes: float
+    core_minutes: float | None
+
+
+def spent(run: Run) -> Spent | None:
+    """What a run's training took; None where nothing was trained."""
     path = run.folder / "metrics.jsonl"
     found = [row for row in read_metrics(path) if "compute/flops" in row] if path.exists() else []
-    return (found[-1]["compute/flops"], 60 * found[-1]["time/hours"]) if found else None
+    if not found:
+        return None
+    marker, minutes = run.folder / MARKER, 60 * found[-1]["time/hours"]
+    made = json.loads(marker.read_text()) if marker.exists() else {}
+    cores = made["cpu_seconds"] / made["seconds"] if "cpu_seconds" in made else None
+    return Spent(found[-1]["compute/flops"], minutes, None if cores is None else minutes * cores)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mae_et.config import ConfigError
 from mae_et.curriculum import Plan
-from mae_et.reproduction.cells import is_done, make, runs_of
+from mae_et.reproduction.cells import make_all, runs_of
 from mae_et.reproduction.costs import Planner, cost_table, traffic_table
+from mae_et.reproduction.curves import curves_text, draw_curves
 from mae_et.reproduction.experiments import (
     REPOSITORY,
     TRAINING,
@@ -34,6 +35,7 @@ def reproduce(
     plan: bool = False,
     yes: bool = False,
     launch: Sequence[str] = (),
+    jobs: int = 1,
     say: Say = print,
 ) -> int:
     """Reproduce a table or figure at one scale; it can be interrupted and repeated.
@@ -48,6 +50,7 @@ def reproduce(
         plan: print the cost, and run nothing.
         yes: start at the paper's scale.
         launch: what starts training in place of Python, such as torchrun and its options.
+        jobs: runs at a time.
         say: where it is printed.
 
     Returns:
@@ -59,7 +62,8 @@ def reproduce(
     """
     experiment = read_experiment(find(name))
     chosen = choose_scale(experiment, scale, runs, changes)
-    unknown = set(only) - set(chosen.cells)
+    patterns = {cell.pattern for cell in chosen.cells.values()}
+    unknown = set(only) - set(chosen.cells) - patterns
     if unknown:
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: the cells are {', '.join(chosen.cells)}")
     absolute = {key: str(Path(value).resolve()) for key, value in (places or {}).items()}
@@ -72,21 +76,25 @@ def reproduce(
     if chosen.name == "paper" and trained and not yes:
         say("that is a matter of GPUs and days: to start it, say --yes")
         return 0
-    for cell in chosen.cells.values():
-        if only and cell.name not in only:
-            continue
+    wanted = [cell for cell in chosen.cells.values() if not only or {cell.name, cell.pattern} & set(only)]
+    for cell in wanted:
         if cell.program == "plan":
             found = Planner(chosen, absolute).plan(cell.name)
             assert isinstance(found, Plan)
             say(f"{cell.title}\n\n{traffic_table(found, 3)}\n")
-            continue
-        for run in runs_of(chosen, cell, absolute):
-            if not is_done(run):
-                make(run, say, launch)
+    to_make = [run for cell in wanted if cell.program != "plan" for run in runs_of(chosen, cell, absolute)]
+    # The first seed of everything comes first: a table with few seeds is sooner of use than a part of one with many.
+    make_all(sorted(to_make, key=lambda run: run.cell.seeds.index(run.seed)), jobs, say, launch)
     text = whole_table(experiment, chosen, absolute)
+    folder = REPOSITORY / chosen.runs
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, curves in enumerate(chosen.curves, 1):
+        text += f"\n\n{curves_text(chosen, curves, absolute)}"
+        picture = folder / f"{experiment.name}-{number}.png"
+        if draw_curves(chosen, curves, absolute, picture):
+            text += f"\n\n{picture}"
     say(f"\n{text}")
-    (REPOSITORY / chosen.runs).mkdir(parents=True, exist_ok=True)
-    (REPOSITORY / chosen.runs / f"{experiment.name}.md").write_text(text + "\n")
+    (folder / f"{experiment.name}.md").write_text(text + "\n")
     return 0
 
 

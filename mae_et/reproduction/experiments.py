@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mae_et.config import ConfigError
+from mae_et.reproduction.grid import Levels, expand, read_grid
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "configs" / "reproduce"
@@ -24,8 +25,9 @@ STUDIES = ("spectrum", "similarity")
 PROGRAMS = (*TRAINING, *PROBES, *STUDIES, "search", "plan")
 
 _EXPERIMENT_KEYS = {"title", "paper", "entry", "known", "note", "scales"}
-_SCALE_KEYS = {"caption", "runs", "settings", "planning", "cells"}
-_CELL_KEYS = {"title", "command", "seeds", "paper", "planning"}
+_SCALE_KEYS = {"caption", "runs", "settings", "planning", "grid", "curves", "cells"}
+_CELL_KEYS = {"title", "command", "seeds", "paper", "planning", "only", "skip"}
+_CURVE_KEYS = {"title", "cells", "of", "over", "baseline", "score"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Cell:
         seeds: of the runs; studies and plans have none.
         paper: the paper's figure of this row, "" where it has none.
         planning: overrides for the plan alone, where the data are not at hand.
+        pattern: the name in the file, before the grid's levels were put in.
+        levels: of the grid, by factor.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Cell:
     seeds: tuple[int, ...] = (0,)
     paper: str = ""
     planning: tuple[str, ...] = ()
+    pattern: str = ""
+    levels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def program(self) -> str:
@@ -60,6 +66,27 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Scores against cost, from runs of several budgets: which cells, and what is compared.
+
+    Attributes:
+        title: for people.
+        cells: pattern of the cells that have the scores.
+        of: the grid's factor whose levels are compared.
+        over: the factor of the budgets.
+        baseline: a level of `of`.
+        score: which of a run's scores, as its metrics or its report call it; "" takes its first.
+    """
+
+    title: str
+    cells: str
+    of: str
+    over: str
+    baseline: str
+    score: str = ""
+
+
+@dataclass(frozen=True)
 class Scale:
     """The cells of one scale, in the order in which they run.
 
@@ -69,6 +96,8 @@ class Scale:
         runs: folder of all runs.
         settings: overrides of every run.
         caption: what is to be known beside the numbers.
+        grid: levels by factor, of patterns of cells.
+        curves: drawn and measured after the table.
     """
 
     name: str
@@ -76,6 +105,8 @@ class Scale:
     runs: Path
     settings: tuple[str, ...] = ()
     caption: str = ""
+    grid: Levels = field(default_factory=dict)
+    curves: tuple[Curves, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,17 +182,33 @@ def _scale(path: Path, name: str, values: Mapping[str, Any]) -> Scale:
     _refuse_unknown(path, values, _SCALE_KEYS)
     planning: Mapping[str, list[str]] = values.get("planning") or {}
     runs = Path(values.get("runs", f"runs/reproduce/{name}"))
+    grid = read_grid(path, values.get("grid") or {})
     cells: dict[str, Cell] = {}
-    for cell_name, cell in (values.get("cells") or {}).items():
-        cells[cell_name] = _cell(path, cell_name, cell, planning)
+    for pattern, cell in (values.get("cells") or {}).items():
+        _refuse_unknown(path, cell, _CELL_KEYS)
+        for cell_name, filled, levels in expand(path, grid, pattern, cell):
+            cells[cell_name] = replace(_cell(path, cell_name, filled, planning), pattern=pattern, levels=levels)
     if not cells:
         raise ConfigError(f"{path} has no cells")
     caption = " ".join(str(values.get("caption", "")).split())
-    return Scale(name, cells, runs, tuple(values.get("settings") or ()), caption)
+    curves = tuple(_curves(path, grid, cells, entry) for entry in values.get("curves") or ())
+    return Scale(name, cells, runs, tuple(values.get("settings") or ()), caption, grid, curves)
+
+
+def _curves(path: Path, grid: Levels, cells: Mapping[str, Cell], values: Mapping[str, Any]) -> Curves:
+    _refuse_unknown(path, values, _CURVE_KEYS)
+    curves = Curves(**values)
+    known = {"cells": {cell.pattern for cell in cells.values()}, "of": grid, "over": grid}
+    known["baseline"] = grid.get(curves.of, {})
+    for key, allowed in known.items():
+        if getattr(curves, key) not in allowed:
+            raise ConfigError(
+                f"{path}: curves: {key}: there is no {getattr(curves, key)!r}; there is {', '.join(allowed)}"
+            )
+    return curves
 
 
 def _cell(path: Path, name: str, values: Mapping[str, Any], planning: Mapping[str, list[str]]) -> Cell:
-    _refuse_unknown(path, values, _CELL_KEYS)
     words = tuple(shlex.split(values["command"]))
     if words[0] not in PROGRAMS:
         raise ConfigError(f"{path}: {name}: unknown program {words[0]!r}; known: {', '.join(PROGRAMS)}")

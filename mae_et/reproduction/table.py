@@ -41,8 +41,8 @@ def _row(runs: list[Run], scores: list[float], made: Mapping[str, list[Run]], wi
     used = [name for name in cell.uses if name in made]
     if not costs and used:
         costs = [cost for run in made[used[0]] if (cost := spent(run)) is not None]
-    compute = f"{costs[0][0] / 1e12:.1f}" if costs else ""
-    minutes = f"{statistics.median(cost[1] for cost in costs):.1f}" if costs else ""
+    compute = f"{costs[0].flops / 1e12:.1f}" if costs else ""
+    minutes = f"{statistics.median(cost.minutes for cost in costs):.1f}" if costs else ""
     values = [cell.title, *([cell.paper] if with_paper else [])]
     return _line([*values, f"{100 * statistics.mean(scores):.1f}{spread}", compute, minutes, str(len(scores))])
 
