@@ -47,7 +47,7 @@ class DataConfig:
     }
     RANGES: ClassVar[Ranges] = {
         "images": (1, math.inf, True),
-        "channels": (1, math.inf, True),
+        "channels": (1, 3, True),
         "workers": (0, math.inf, True),
         "max_pixels": (1, math.inf, True),
         "max_bad": (0, 1, True),
