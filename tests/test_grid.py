@@ -54,6 +54,9 @@ def test_a_pattern_is_made_for_every_combination_in_the_order_of_the_file(tmp_pa
     skip = [{"method": "et", "budget": "one"}]
     left = {"<method>_<budget>": {**CELLS["<method>_<budget>"], "skip": skip}}
     assert list(read(tmp_path, cells=left).cells) == ["plain_half", "plain_one", "et_half"]
+    grid = {**GRID, "method": {**GRID["method"], "et": {"seeds": [7]}}}
+    cells = read(tmp_path, grid=grid).cells
+    assert (cells["et_half"].seeds, cells["plain_half"].seeds) == ((7,), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_a_pattern_is_made_for_every_combination_in_the_order_of_the_file(tmp_pa
         ({"cells": {"<colour>": {"title": "", "command": "knn"}}}, "no 'colour'; it has method, budget"),
         ({"cells": {"<method>": {"title": "", "command": "knn <budget>"}}}, "<budget> must be in the cell's name"),
         ({"cells": {"<method>": {"title": "", "command": "knn", "only": {"method": ["other"]}}}}, "has no other"),
+        ({"cells": {"<method>": {"title": "", "command": "knn", "skip": [{"method": "ohter"}]}}}, "has no ohter"),
         ({"grid": {"method": {"plain": {"word": ""}}}}, "unknown keys word"),
         ({"curves": [{**CURVES, "baseline": "best"}]}, "baseline: there is no 'best'; there is plain, et"),
         ({"curves": [{**CURVES, "cells": "<method>"}]}, "cells: there is no '<method>'"),

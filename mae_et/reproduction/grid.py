@@ -16,7 +16,8 @@
         only: {budget: [half]}
         skip: [{method: hog_et, budget: half}]
 
-In a cell's name, and in braces, `<method>` is the level's name; in titles its title, in commands its words.
+In a cell's name, and in braces, `<method>` is the level's name; in titles its title, in commands its words. A level may
+also have `seeds: [1, 2]`, in place of its cells' own.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from typing import Any
 
 from mae_et.config import ConfigError
 
-Levels = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""`levels[factor][level]` is {"title": for people, "words": of commands}."""
+Levels = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""`levels[factor][level]` is {"title": for people, "words": of commands, "seeds": in place of the cells', or None}."""
 
 _FACTOR = re.compile(r"<(\w+)>")
-_LEVEL_KEYS = {"title", "words"}
+_LEVEL_KEYS = {"title", "words", "seeds"}
 
 
 def read_grid(path: Path, values: Mapping[str, Any]) -> Levels:
@@ -49,8 +50,8 @@ def read_grid(path: Path, values: Mapping[str, Any]) -> Levels:
             given = given or {}
             if unknown := set(given) - _LEVEL_KEYS:
                 raise ConfigError(f"{path}: grid: {factor}: {level}: unknown keys {', '.join(sorted(unknown))}")
-            texts = {"title": given.get("title", level), "words": given.get("words", "")}
-            found[factor][str(level)] = {key: str(text) for key, text in texts.items()}
+            title, words = str(given.get("title", level)), str(given.get("words", ""))
+            found[factor][str(level)] = {"title": title, "words": words, "seeds": given.get("seeds")}
     return found
 
 
@@ -70,14 +71,17 @@ def expand(
             raise ConfigError(f"{path}: {name}: the grid has no {factor!r}; it has {', '.join(grid) or 'no factors'}")
         if factor not in factors:
             raise ConfigError(f"{path}: {name}: <{factor}> must be in the cell's name as well")
-        if missing := set(map(str, only.get(factor, ()))) - set(grid[factor]):
-            raise ConfigError(f"{path}: {name}: only: {factor} has no {', '.join(sorted(missing))}")
+        chosen = {*map(str, only.get(factor, ())), *(str(entry[factor]) for entry in skip if factor in entry)}
+        if missing := chosen - set(grid[factor]):
+            raise ConfigError(f"{path}: {name}: {factor} has no {', '.join(sorted(missing))}")
     rest = {key: value for key, value in cell.items() if key not in ("only", "skip")}
     for chosen in itertools.product(*([str(v) for v in only.get(factor, grid[factor])] for factor in factors)):
         levels = dict(zip(factors, chosen))
         if any(left_out.items() <= levels.items() for left_out in skip):
             continue
-        yield _named(name, levels), {**rest, **_texts(cell, grid, levels)}, levels
+        seeds = [own for factor, level in levels.items() if (own := grid[factor][level]["seeds"]) is not None]
+        own = {"seeds": seeds[0]} if seeds else {}
+        yield _named(name, levels), {**rest, **own, **_texts(cell, grid, levels)}, levels
 
 
 def _texts(cell: Mapping[str, Any], grid: Levels, levels: Mapping[str, str]) -> dict[str, str]:
