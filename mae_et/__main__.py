@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mae_et import reproduction, search, studies
+from mae_et import comparison, reproduction, search, studies
 from mae_et.config import (
     ConfigError,
     DetectConfig,
@@ -22,6 +22,7 @@ from mae_et.curriculum import Plan
 from mae_et.curriculum.calibration import Calibration
 from mae_et.engine.signals import follow_launcher
 from mae_et.planning import read_calibration
+from mae_et.tracking import workspace
 
 if TYPE_CHECKING:
     from mae_et.calibration import Rehearse
@@ -212,8 +213,8 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse and dispatch; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options; `action` of what it parses is the function that does it."""
     parser = argparse.ArgumentParser(prog="python -m mae_et", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -269,15 +270,28 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--heads", type=int, help="attention heads, where a file does not tell them")
     command.set_defaults(action=export)
 
+    comparison.add_command(commands)
     reproduction.add_command(commands)
     search.add_command(commands)
     studies.add_commands(commands)
+    workspace.add_command(commands)
+    return parser
 
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What the arguments ask for; argparse's exit with a message where they make no sense."""
+    parser = build_parser()
     options, late = parser.parse_known_args(arguments)
     if any(text.startswith("-") or "=" not in text for text in late) or not (hasattr(options, "overrides") or not late):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:  # argparse takes no changes that follow an option which follows other arguments
         options.overrides = [*options.overrides, *late]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and dispatch; returns the exit code."""
+    options = parse(arguments)
     try:
         return options.action(options)
     except ConfigError as error:

@@ -10,8 +10,8 @@ from mae_et.curriculum.plan import Plan
 from mae_et.engine.run_folder import RunFolder
 from mae_et.exchange.weights import Origin
 from mae_et.tracking import ConsoleTracker, JsonlTracker, MultiTracker, WandbTracker
+from mae_et.tracking.run_id import run_id_of
 from mae_et.tracking.tracker import Tracker
-from mae_et.tracking.wandb import run_id_of
 
 
 def lineage_row(parent: Origin) -> dict[str, str]:
@@ -68,6 +68,9 @@ def open_trackers(
                 tags=settings.tags,
                 config={**as_dict(config), **planned, **lineage(parent)},
                 run_id=run_id,
+                metrics=folder.metrics_path,
+                alerts=settings.alerts,
+                checkpoints=folder.checkpoints if settings.artifacts else None,
             )
         )
     if parent is not None and (is_new or plan is None):

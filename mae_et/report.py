@@ -49,12 +49,12 @@ def evaluate_run(run: str, overrides: Sequence[str] = ()) -> dict[str, dict[str,
     plan = read_kept(folder.plan_path, plan_of)
     rows = read_metrics(folder.metrics_path)
 
-    scores = run_scores(config, folder)
+    step, scores = run_scores(config, folder)
     print(score_table(scores, "test" if config.evaluation.holdout is None else "held-out"))
     try:
         costs = stage_costs(plan, rows)
         curve_picture(rows, folder.pictures / "curves.png")
-        report = {"scores": scores, "stage_costs": costs, "checkpoint_step": rows[-1]["step"]}
+        report = {"scores": scores, "stage_costs": costs, "checkpoint_step": step}
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder.metrics_path} cannot be drawn ({type(error).__name__}: {error})") from None
     print(f"\nCost of an image, measured in this run against the plan:\n\n{cost_table(costs)}")
@@ -63,8 +63,9 @@ def evaluate_run(run: str, overrides: Sequence[str] = ()) -> dict[str, dict[str,
     return scores
 
 
-def run_scores(config: PretrainConfig, folder: RunFolder) -> dict[str, dict[str, float]]:
-    """Scores of the run's last checkpoint, of its first weights, and of raw pixels, on the same images."""
+def run_scores(config: PretrainConfig, folder: RunFolder) -> tuple[int, dict[str, dict[str, float]]]:
+    """The step of the run's last checkpoint; its scores, those of its first weights and of raw pixels, on the same
+    images."""
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ConfigError(f"{folder.path} holds no checkpoint yet")
@@ -82,7 +83,8 @@ def run_scores(config: PretrainConfig, folder: RunFolder) -> dict[str, dict[str,
         "pixels": embed_pixels,
     }
     size, workers = final_size(config), config.data.workers or 0
-    return {name: score(embed, sets, config.evaluation, size, workers) for name, embed in embeddings.items()}
+    scores = {name: score(embed, sets, config.evaluation, size, workers) for name, embed in embeddings.items()}
+    return checkpoint.step, scores
 
 
 def score_table(scores: dict[str, dict[str, float]], images: str = "test") -> str:

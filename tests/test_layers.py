@@ -25,6 +25,7 @@ ROOMS = [
     {"labelled", "labelled_plan", "supervised"},
     {"examination"},
     {"pretraining", "finetuning", "dense"},
+    {"comparison"},
     {"probing", "exporting", "training", "detecting", "segmenting"},
     {"predicting"},
     {"search", "studies", "reproduction"},

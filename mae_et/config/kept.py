@@ -77,3 +77,9 @@ def names_of(text: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("it is no list of names")
     return tuple(names)
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """What tables call runs: the names of their folders, and the whole path where two have the same."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names)]

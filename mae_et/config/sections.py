@@ -164,6 +164,8 @@ class TrackingConfig:
     group: str | None = None
     name: str | None = None
     tags: list[str] = field(default_factory=list)
+    alerts: bool = True  # of W&B, to people, where an error ends the run or its disk is full
+    artifacts: bool = False  # whether W&B also gets the last checkpoint, once the run is over
     pictures: bool = True
     picture_samples: int = 6
 

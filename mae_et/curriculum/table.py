@@ -1,6 +1,11 @@
-"""A plan as a table for people."""
+"""Tables: a plan for people, and whatever else for people or for spreadsheets."""
 
 from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.stage import format_size
@@ -23,6 +28,16 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for spreadsheets: floats with six digits, nothing for None."""
+    path.unlink(missing_ok=True)  # rather than write to what a link names
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in row])
 
 
 def plan_table(plan: Plan) -> str:

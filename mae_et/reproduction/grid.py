@@ -43,7 +43,7 @@ def read_grid(path: Path, values: Mapping[str, Any]) -> Levels:
     Raises:
         ConfigError: a level has unknown keys.
     """
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for factor, levels in values.items():
         found[factor] = {}
         for level, given in levels.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mae_et.config import (
     LabelledDataConfig,
     PretrainConfig,
 )
-from mae_et.config.kept import kept_config, kept_task, names_of, read_kept
+from mae_et.config.kept import kept_config, kept_task, names_of, read_kept, unique_names
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.checkpoint import load_checkpoint
 from mae_et.engine.distributed import choose_device
@@ -83,9 +82,8 @@ def open_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
         ConfigError: a folder holds no run, or one of another kind.
     """
     paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
     runs = []
-    for path, name in zip(paths, names):
+    for path, name in zip(paths, unique_names(paths)):
         file, plan = path / "config.yaml", path / "plan.json"
         if not file.exists():
             raise ConfigError(f"{path} holds no run: there is no {file}")
@@ -99,8 +97,7 @@ def open_runs(folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> l
         if not plan.exists():
             raise ConfigError(f"{path} holds no run: there is no {plan}")
         config = kept_config(file, schema, overrides)
-        unique = name if names.count(name) == 1 else str(path)
-        runs.append(StudiedRun(unique, path, config, read_kept(plan, plan_of)))
+        runs.append(StudiedRun(name, path, config, read_kept(plan, plan_of)))
     return runs
 
 
@@ -179,13 +176,3 @@ def results_folder(folder: str | Path | None, runs: Sequence[StudiedRun]) -> Pat
 def file_name(run: StudiedRun) -> str:
     """The run's name as part of a file's."""
     return re.sub(r"[^\w.-]+", "-", run.name).strip("-")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for spreadsheets: floats with six digits, nothing for None."""
-    path.unlink(missing_ok=True)  # rather than write to what a link names
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in row])

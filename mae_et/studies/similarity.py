@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_et.config import ConfigError, PretrainConfig
+from mae_et.curriculum.table import write_csv
 from mae_et.data.loader import RequestDataset, batches_of, build_loader
 from mae_et.data.sources import Source, available_splits
 from mae_et.data.transforms import EvalTransform
@@ -30,7 +31,6 @@ from mae_et.studies.runs import (
     open_encoder,
     open_runs,
     results_folder,
-    write_csv,
 )
 from mae_et.tracking.studies import SimilarityMap, similarity_picture
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig
-from mae_et.curriculum.table import text_table
+from mae_et.curriculum.table import text_table, write_csv
 from mae_et.data.sources import Source
 from mae_et.data.splits import hold_out
 from mae_et.data.transforms import EvalTransform
@@ -42,7 +42,6 @@ from mae_et.studies.runs import (
     open_encoder,
     open_runs,
     results_folder,
-    write_csv,
 )
 from mae_et.tracking.studies import SpectrumPoint, filter_picture, spectrum_by_compute_picture, spectrum_picture
 

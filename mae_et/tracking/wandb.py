@@ -8,7 +8,8 @@ wandb 0.31, `run.log` blocks for good once a stopped helper process has 300 rows
 What W&B can cost a run is bounded by this:
 - a step: nothing but a place in a queue. A mirror that is MAX_WAITING rows behind is switched off.
 - the start: `init_timeout` and START_GRACE seconds (LOGIN_SECONDS more where a person is asked for a key).
-- the end: `finish_timeout` and three times FINISH_GRACE seconds. A helper process that is left by then is killed.
+- the end: `finish_timeout` and three times FINISH_GRACE seconds (CHECKPOINT_SECONDS more where a checkpoint is sent).
+  A helper process that is left by then is killed.
 
 So that this holds, W&B does not get what a run prints (it would sit in every `print` of the training thread), unless
 WANDB_CONSOLE=auto asks for it.
@@ -16,7 +17,16 @@ WANDB_CONSOLE=auto asks for it.
 Axes. Every metric is drawn against `compute/fraction` (u, the fraction of the compute budget) by default, so that a
 curriculum and its baseline line up at equal fractions. To compare at equal cost, pick another axis in the dashboard:
 the x-axis menu of a panel (pencil icon, "X axis"), or of the whole workspace ("Settings", "Line plots", "X axis"),
-and there `compute/flops`, `time/hours` or `images_seen`.
+and there `compute/flops`, `time/hours` or `images_seen`. `python -m mae_et workspace` makes a dashboard that does so.
+
+Summary. Of every score of training, W&B keeps the highest and the last value (eval/probe.max, eval/probe.last), and
+`tracking.best` gives it the best as plain numbers, with what it had cost: best/eval/probe, best/eval/probe_at_flops.
+These come from metrics.jsonl, so that rows which a resumed run takes back do not count.
+
+Alerts. A run that an error ends, and a disk without room, are told to whoever follows the run (mail, Slack).
+
+Files. What W&B would keep in the user's home (artifacts on their way, its own logs) goes below the run's wandb/, unless
+WANDB_DATA_DIR or WANDB_CACHE_DIR name another place.
 """
 
 from __future__ import annotations
@@ -24,11 +34,8 @@ from __future__ import annotations
 import os
 import queue
 import re
-import secrets
 import shlex
 import shutil
-import signal
-import string
 import subprocess
 import sys
 import threading
@@ -39,17 +46,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mae_et.tracking.artifacts import checkpoint_artifact, newest_checkpoint, put_command
+from mae_et.tracking.best import SCORES, BestScores
+from mae_et.tracking.jsonl import read_metrics
+from mae_et.tracking.run_id import RUN_ID_FILE, run_id_of
 from mae_et.tracking.tracker import plain_number, warn
+from mae_et.tracking.wandb_private import helper_process, kill_helper, stop_polling
 
 MODES = ("online", "offline", "disabled")
 AXES = ("compute/fraction", "compute/flops", "time/hours", "images_seen")
-RUN_ID_FILE = "run_id.txt"
-_LONGEST_ID = 128  # W&B takes no longer ones
+_LONGEST_TITLE = 63  # of an alert
+_OWN_PLACES = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
 
 MAX_WAITING = 4096  # rows; a stopped mirror keeps no more of them in memory
 LOGIN_SECONDS = 60  # for a person at a terminal who is asked for a key; an unattended prompt must not hold a run
 START_GRACE = 40.0  # seconds, on top of init_timeout: importing, looking up the key's user, falling back to offline
 FINISH_GRACE = 5.0  # seconds for each of: rows that still wait, a full queue, the end of the helper process
+CHECKPOINT_SECONDS = 60.0  # to read a checkpoint and to ask the server, before the run is closed without it
 MIN_FREE_BYTES = 8 * 2**20  # wandb 0.31 says nothing of a full disk, and leaves holes in its log
 
 _Call = tuple[str, Callable[[], None], threading.Event]
@@ -67,6 +80,10 @@ class WandbTracker:
         config: the run's configuration, shown in the dashboard.
         run_id: the W&B run to continue. None takes the one that an earlier start kept in the folder
             (run_id.txt), else WANDB_RUN_ID, else a new one. It is kept, so a resumed run continues its W&B run.
+        metrics: the run's metrics file, whose rows the best scores begin with; None begins with none.
+        alerts: whether to tell people of faults.
+        checkpoints: the folder of checkpoints whose newest becomes an artifact when the run ends as planned; None
+            keeps them to yourself.
         init_timeout: seconds that the server has to answer before the run is logged offline (wandb 0.31 takes
             10 s more before it counts them, to look up the key's user).
         finish_timeout: seconds that `finish` may take to send what is pending. What was not sent is kept for
@@ -90,6 +107,9 @@ class WandbTracker:
         tags: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
+        metrics: Path | None = None,
+        alerts: bool = True,
+        checkpoints: Path | None = None,
         init_timeout: float = 20.0,
         finish_timeout: float = 30.0,
     ):
@@ -101,6 +121,8 @@ class WandbTracker:
         self._run: Any = None
         self._wandb: ModuleType | None = None
         self._run_id = run_id
+        self._metrics, self._alerts, self._checkpoints = metrics, alerts, checkpoints
+        self._best, self._scores = BestScores(), set[str]()
         self._limits = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
         self._is_off = self.mode == "disabled"
         if self._is_off:
@@ -114,6 +136,12 @@ class WandbTracker:
             "tags": list(tags),
             "config": dict(config or {}),
         }
+        # Path.resolve raises where links go in circles.
+        self._directory = Path(os.path.realpath(os.environ.get("WANDB_DIR") or self.folder))
+        # Set and unset by the thread that trains: the environment is everybody's.
+        self._placed = {name: str(self._directory / "wandb" / sub) for name, sub in _OWN_PLACES.items()}
+        self._placed = {name: place for name, place in self._placed.items() if name not in os.environ}
+        os.environ.update(self._placed)
         self._helper: subprocess.Popen[bytes] | None = None
         self._switch = threading.Lock()
         self._calls: queue.Queue[_Call | None] = queue.Queue(MAX_WAITING)
@@ -143,18 +171,33 @@ class WandbTracker:
             copied = dict(pictures)
             self._hand_over("log pictures", lambda: self._log_pictures(copied, step))
 
+    def alert(self, title: str, text: str) -> None:
+        """Tell people of a fault by W&B's means, a little later; nothing where alerts are off."""
+        if not self._is_off and self._alerts:
+            self._hand_over("send an alert", lambda: self._alert(title, text))
+
     def finish(self, exit_code: int) -> None:
-        """Send what is pending, for at most `finish_timeout`, and close the W&B run with this exit code."""
+        """Send what is pending, for at most `finish_timeout`, and close the W&B run with this exit code.
+
+        Called while an error is on its way up, as in a `finally`, it alerts people to that error.
+        """
         if self.mode == "disabled" or not self._thread.is_alive():
             return
-        limit = self._limits["finish_timeout"] + FINISH_GRACE
+        error = sys.exc_info()[1]
+        if exit_code and isinstance(error, Exception):
+            self.alert(f"Run failed: {type(error).__name__}", str(error))
+        # The last checkpoint of a run that ended as planned, and of no other.
+        checkpoint = newest_checkpoint(self._checkpoints) if exit_code == 0 and self._checkpoints else None
+        limit = self._limits["finish_timeout"] + FINISH_GRACE + (CHECKPOINT_SECONDS if checkpoint else 0)
         if not self._is_off:
-            self._hand_over("finish", lambda: self._finish(exit_code), limit)
+            self._hand_over("finish", lambda: self._finish(exit_code, checkpoint), limit)
         with suppress(queue.Full):
             self._calls.put(None, timeout=FINISH_GRACE)
         # Switched off, it may still be closing what failed.
         self._thread.join(FINISH_GRACE)
-        self._kill_helper()
+        kill_helper(self._helper)
+        for name in self._placed:
+            os.environ.pop(name, None)
 
     def _hand_over(self, action: str, call: Callable[[], None], seconds: float | None = None) -> None:
         """Queue a call for the thread, and wait for its end if it has a limit; the mirror is off where that passes."""
@@ -183,29 +226,58 @@ class WandbTracker:
     def _log(self, row: dict[str, float | int | str]) -> None:
         self._check_space()
         self._axes.update((name, row[name]) for name in AXES if name in row)
+        for name in row.keys() - self._scores:
+            if name.startswith(SCORES):
+                # By its name: of two patterns that fit, wandb 0.31 takes any.
+                self._run.define_metric(name, step_metric=AXES[0], summary="max,last")
+                self._scores.add(name)
         # No step= here: W&B drops every row whose step is not above its own counter, as after a resume.
         self._run.log(row)
+        best = self._best.add(row)
+        if best:
+            self._run.summary.update(best)
 
     def _log_pictures(self, pictures: Mapping[str, Path], step: int) -> None:
         assert self._wandb is not None
         self._check_space()
-        media = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
+        media = {_media_key(name): self._wandb.Image(str(path), caption=path.stem) for name, path in pictures.items()}
         self._run.log({**self._axes, "step": int(step), **media})
 
-    def _finish(self, exit_code: int) -> None:
-        kept, begin = Path(self._run.dir).parent, time.monotonic()
+    def _alert(self, title: str, text: str) -> None:
+        with suppress(Exception):  # what is wrong with W&B shows at its next call, and a run needs its end
+            self._run.alert(title[:_LONGEST_TITLE], text, level="ERROR")
+
+    def _finish(self, exit_code: int, checkpoint: Path | None) -> None:
+        kept = Path(self._run.dir).parent
+        if checkpoint is not None:
+            # On a thread of its own: while the server is silent it has no end, and the run needs its own.
+            sending = threading.Thread(target=self._log_checkpoint, args=(self._wandb, checkpoint), daemon=True)
+            sending.start()
+            sending.join(CHECKPOINT_SECONDS)
+        begin = time.monotonic()
         self._run.finish(exit_code=exit_code)
         self._is_off = True
         # wandb 0.31 returns after its limit as if all had been sent.
         if time.monotonic() - begin >= self._limits["finish_timeout"]:
+            also = "" if checkpoint is None else f"\n    {self._put(checkpoint)}"
             warn(
                 f"W&B has not taken everything within {self._limits['finish_timeout']:g} s. metrics.jsonl has every "
-                f"row in any case. To send the rest:\n    wandb sync --no-skip-online {shlex.quote(str(kept))}"
+                f"row in any case. To send the rest:\n    wandb sync --no-skip-online {shlex.quote(str(kept))}{also}"
             )
+
+    def _log_checkpoint(self, wandb: ModuleType, checkpoint: Path) -> None:
+        assert self._run_id is not None
+        try:
+            self._run.log_artifact(checkpoint_artifact(wandb, checkpoint, self._run_id, self._arguments["config"]))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            warn(f"W&B did not take the last checkpoint ({reason}). To send it:\n    {self._put(checkpoint)}")
+
+    def _put(self, checkpoint: Path) -> str:
+        return put_command(checkpoint, str(self._run_id), self._arguments["entity"], self._arguments["project"])
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._directory = Path(os.environ.get("WANDB_DIR") or self.folder).resolve()
         self._directory.mkdir(parents=True, exist_ok=True)
         if not os.access(self._directory, os.W_OK):
             # wandb itself would go on in the temporary folder, where nobody looks for it.
@@ -217,7 +289,10 @@ class WandbTracker:
 
         self._wandb = wandb
         self._run = self._open_run(wandb)
-        self._define_axes()
+        self._define_metrics()
+        if self._metrics is not None and self._metrics.exists():
+            self._best = BestScores(read_metrics(self._metrics))
+            self._run.summary.update(self._best.summary)
 
     def _open_run(self, wandb: ModuleType) -> Any:
         """Start the W&B run in the mode asked for; where that is online and fails, offline."""
@@ -242,7 +317,7 @@ class WandbTracker:
     def _init(self, wandb: ModuleType, mode: str) -> Any:
         known = wandb.Settings.model_fields
         login = {"login_timeout": LOGIN_SECONDS} if "login_timeout" in known else {}
-        self._helper = _helper_process(wandb.setup(settings=wandb.Settings(**login)))
+        self._helper = helper_process(wandb.setup(settings=wandb.Settings(**login)))
         wanted = {**self._limits, **({} if "WANDB_CONSOLE" in os.environ else {"console": "off"})}
         return wandb.init(
             **self._arguments,
@@ -256,7 +331,7 @@ class WandbTracker:
             settings=wandb.Settings(**{name: value for name, value in wanted.items() if name in known}),
         )
 
-    def _define_axes(self) -> None:
+    def _define_metrics(self) -> None:
         for name in ("step", *AXES):
             # Hidden: no chart of an axis against itself. It stays in the menus of x-axes.
             self._run.define_metric(name, hidden=True)
@@ -274,20 +349,15 @@ class WandbTracker:
         disk = shutil.disk_usage(self._directory)
         # Some file systems know no size; they report 0 of 0 bytes.
         if disk.total and disk.free < MIN_FREE_BYTES:
-            raise OSError(f"{disk.free / 2**20:.1f} MiB are left on the disk of {self._directory}")
+            full = f"{disk.free / 2**20:.1f} MiB are left on the disk of {self._directory}"
+            if self._run is not None and self._alerts:
+                self._alert("Disk full", f"{full}. W&B is off for the rest of this run")
+            raise OSError(full)
 
     def _give_up(self, action: str, reason: str) -> None:
         """Switch the mirror off while its thread hangs: without the helper process, whatever it waits for fails."""
         self._switch_off(action, TimeoutError(reason))
-        self._kill_helper()
-
-    def _kill_helper(self) -> None:
-        if self._helper is not None and self._helper.poll() is None:
-            with suppress(OSError):
-                # It leads a group of its own, with the process that watches the machine.
-                if os.getpgid(self._helper.pid) == self._helper.pid:
-                    os.killpg(self._helper.pid, signal.SIGKILL)
-            self._helper.kill()
+        kill_helper(self._helper)
 
     def _close(self) -> None:
         """End the helper process, which has written all of its log by then, and not before."""
@@ -295,6 +365,8 @@ class WandbTracker:
         if library is not None:
             # It fails where its helper has, but only after it has taken back its hook for the process's exit, which
             # would wait for the helper without limit.
+            with suppress(BaseException):
+                stop_polling(self._run)
             with suppress(BaseException):
                 library.teardown()
 
@@ -309,41 +381,16 @@ class WandbTracker:
         )
 
 
+def _media_key(name: str) -> str:
+    """One key for the pictures of all stages, whose panel has a slider over them; their captions tell them apart."""
+    return re.sub(r"/stage-\d+-B[^/]*$", "/stages", name)
+
+
 def _is_attended() -> bool:
     """Whether there is a terminal at which wandb would ask for a key."""
     return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
-def _helper_process(library: Any) -> subprocess.Popen[bytes] | None:
-    """W&B's helper process, by the private handle of wandb 0.31; None where another version keeps it elsewhere."""
-    for name in ("_connection", "_proc", "_process"):
-        library = getattr(library, name, None)
-    return library if isinstance(library, subprocess.Popen) else None
-
-
 def _less_sharing(mode: str, other: str) -> str:
     """The one of two modes that shares less; an `other` that is none of ours (or empty) does not count."""
     return max(mode, other, key=MODES.index) if other in MODES else mode
-
-
-def run_id_of(folder: Path) -> str:
-    """The run's id, by which W&B and downstream runs know it: the one kept in its folder, else WANDB_RUN_ID, else new.
-
-    It is kept there, with W&B or without. What is there and is no id is not kept: it would go to a dashboard.
-    """
-    file = folder / RUN_ID_FILE
-    try:
-        kept = file.read_bytes()[:_LONGEST_ID].decode().strip() if not file.is_symlink() else ""
-    except (OSError, UnicodeDecodeError):
-        kept = ""
-    if re.fullmatch(r"[\w.-]+", kept):
-        return kept
-    run_id = os.environ.get("WANDB_RUN_ID") or _new_run_id()
-    file.unlink(missing_ok=True)
-    file.write_text(run_id + "\n")
-    return run_id
-
-
-def _new_run_id() -> str:
-    # W&B's own form: eight lowercase letters and digits. `secrets` leaves the run's seeded generators alone.
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
