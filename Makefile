@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/demo
 TORTURE_LOG ?= runs/torture/log.jsonl
+# Processes that run tests, each with two to four GB of memory: more of them need a machine that has it.
+TEST_JOBS ?= 2
 
 .PHONY: demo test torture lint types unit install data clean
 
@@ -29,7 +31,7 @@ types:
 	$(BIN)/pyright
 
 unit: data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(TEST_JOBS) --dist=loadfile
 
 install: $(INSTALLED)
 

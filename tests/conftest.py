@@ -1,8 +1,13 @@
-"""Shared fixtures: one thread count (it changes the bits), and the optional folder of real photos."""
+"""Shared fixtures: one thread (their number changes the bits), and the optional folder of real photos."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Here and in the processes that tests start: several test processes share the cores (see the Makefile), and threads
+# that wait for each other would take them. Libraries of linear algebra read it when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True, scope="session")
 def _pinned_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,10 @@ Panels = Mapping[str, list[Any]]
 
 NAME = "mae_et scores against compute"
 SCORES = ("eval/probe", "eval/knn20", "val/top1", "val/ap", "val/miou")
-PICTURES = ("pictures/stages", "test/confusion", "val/detections", "val/scenes", "test/detections", "test/scenes")
+PICTURES = (
+    "pictures/stages",
+    *(f"{split}/{kind}" for kind in ("confusion", "detections", "scenes") for split in ("val", "test")),
+)
 GPUS = 8  # of one machine; those that a run has not stay empty
 COMPUTE, FRACTION, HOURS = "compute/flops", "compute/fraction", "time/hours"
 TITLES = {
@@ -151,7 +154,13 @@ def save(entity: str, project: str, report: bool = False, grouped: bool = True) 
 
 def add_command(commands: Any) -> None:
     """Add `workspace` to the sub-commands of `python -m mae_et`."""
-    command: argparse.ArgumentParser = commands.add_parser("workspace", help="a W&B dashboard of runs, ready made")
+    command: argparse.ArgumentParser = commands.add_parser(
+        "workspace",
+        help="a W&B dashboard of runs, ready made",
+        description="Save a dashboard of a project's runs on W&B's server, and print its address: scores against "
+        "compute, loss by stage, throughput, pictures, the machine. It needs a key (`wandb login`) and the extra "
+        "mae_et[workspaces]. Each call makes a new one.",
+    )
     command.add_argument("--entity", required=True, help="user or team of W&B")
     command.add_argument("--project", default="mae_et", help="as tracking.project of the runs; default: mae_et")
     command.add_argument("--report", action="store_true", help="save a report, too")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pretrain
 from tests.end_to_end.tiny import arguments
+from tests.engine.ranks import fork_server, start_workers_as_usual
 from tests.torture.processes import MARK, left_behind
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,8 +126,7 @@ def start_ranks(count: int, lines: Sequence[str], folder: Path, **environment: s
         folder: for their output.
         environment: further variables; "{rank}" in a value is the rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretraining", "mae_et.finetuning"])
+    context = fork_server()
     folder.mkdir(parents=True, exist_ok=True)
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks, number = Ranks([]), len(list(folder.iterdir()))
@@ -156,6 +155,7 @@ def _rank(lines: list[str], environment: dict[str, str], log: str) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
+    start_workers_as_usual()
     sys.exit(pretrain.main(lines))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -17,7 +15,9 @@ import pytest
 
 from mae_et.config import load_config
 from mae_et.pretraining import pretrain
+from tests.end_to_end.launched import command, start, start_ranks, wait_for_rows
 from tests.end_to_end.tiny import arguments, history, run_here, weights
+from tests.engine.ranks import fork_server
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +84,18 @@ def test_accumulation_averages_the_same_images(photos, uninterrupted, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def start(photos: Path, run: Path, *changes: str) -> subprocess.Popen[str]:
-    repository = Path(__file__).resolve().parents[2]
-    config = run.parent / "empty.yaml"
-    config.write_text("{}\n")
-    line = [sys.executable, "pretrain.py", "--config", str(config), *arguments(photos, run, *changes)]
-    return subprocess.Popen(line, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_rows(run: Path, rows: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and (not (run / "metrics.jsonl").exists() or len(history(run)) < rows):
-        time.sleep(0.01)
-
-
 def test_sigterm_to_all_processes_of_a_job_saves_too(photos, tmp_path):
-    process = start(photos, tmp_path / "run", "epochs=1000", "data.workers=2")
-    wait_for_rows(tmp_path / "run", 5, process)
+    lines = command(photos, tmp_path / "run", "epochs=1000", "data.workers=2")
+    ranks = start_ranks(1, lines, tmp_path / "logs")
+    wait_for_rows(tmp_path / "run", 5, ranks)
+    (process,) = ranks.processes
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    for pid in (*workers, process.pid):
+    for pid in workers:
         os.kill(pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, output
-    assert "SIGTERM: saved at step" in output
+    ranks.signal(signal.SIGTERM)
+    assert ranks.codes() == [143], ranks.said
+    assert "SIGTERM: saved at step" in ranks.said[0]
     # The workers are gone with their run, and not only after their grace.
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
@@ -117,24 +106,25 @@ def test_sigterm_to_all_processes_of_a_job_saves_too(photos, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_signals_save_and_exit(photos, tmp_path, number, code):
     # Long enough not to end by itself before the signal comes.
-    process = start(photos, tmp_path / "run", "epochs=1000", "data.workers=1")
-    wait_for_rows(tmp_path / "run", 5, process)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
-    assert f"{number.name}: saved at step" in output
+    ranks = start_ranks(1, command(photos, tmp_path / "run", "epochs=1000", "data.workers=1"), tmp_path / "logs")
+    wait_for_rows(tmp_path / "run", 5, ranks)
+    ranks.signal(number)
+    assert ranks.codes() == [code], ranks.said
+    assert f"{number.name}: saved at step" in ranks.said[0]
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert int(newest.name.removeprefix("step-")) == history(tmp_path / "run")[-1]["step"]
 
 
 def test_a_signalled_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path):
-    process = start(photos, tmp_path / "run")
-    wait_for_rows(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    again = start(photos, tmp_path / "run")
-    output = again.communicate(timeout=60)[0]
-    assert again.returncode == 0, output
+    """Here the process is one as users start it."""
+    lines = command(photos, tmp_path / "run")
+    job = start([sys.executable, *lines], tmp_path / "log")
+    wait_for_rows(tmp_path / "run", 3, job)
+    job.process.send_signal(signal.SIGTERM)
+    job.gone_after()
+    assert job.process.returncode in (143, 0), job.said  # 0: a busy machine let it end before
+    ranks = start_ranks(1, lines, tmp_path / "logs")
+    assert ranks.codes() == [0], ranks.said
     assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
@@ -162,8 +152,7 @@ def test_kill_minus_nine_at_any_moment(photos, uninterrupted, tmp_path):
     A run saves after every second step, so that many kills fall within a save. The fork server has everything
     imported, so that the time until a kill is spent in the run.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretraining"])
+    context = fork_server()
     chance, kills = random.Random(0), 0
 
     def process(run: Path) -> BaseProcess:

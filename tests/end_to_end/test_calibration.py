@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -20,6 +18,7 @@ from mae_et.curriculum.calibration import Calibration
 from mae_et.pretraining import pretrain, rehearse
 from tests.end_to_end.labelled import TINY_VIT, finetune_here, write_classes
 from tests.end_to_end.tiny import TINY, arguments, history, run_here, weights
+from tests.engine.ranks import run_ranks
 
 BRIEF = ["calibration.seconds=0.2", "calibration.rounds=2"]
 
@@ -123,15 +122,17 @@ def test_a_cost_that_is_measured_on_labels(tmp_path, monkeypatch, count_calibrat
     assert count_calibrations == ["measured"]
 
 
+def command_line(words: list[str]) -> None:
+    raise SystemExit(main(words))
+
+
 def test_a_plan_by_a_calibration_costs_money(photos, tmp_path, capsys):
     """Two processes measure together; one cannot plan by their times."""
     config, out = tmp_path / "empty.yaml", tmp_path / "two.json"
     config.write_text("{}\n")
     plain = ["curriculum=baseline"]  # one size: two processes that share cores with others are slow to agree
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mae_et"]
-    line += ["calibrate", "--config", str(config), "--out", str(out), *TINY, f"data.root={photos}", *BRIEF, *plain]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    line = ["calibrate", "--config", str(config), "--out", str(out), *TINY, f"data.root={photos}", *BRIEF, *plain]
+    run_ranks(2, command_line, line)
     assert Calibration.from_json(out.read_text()).processes == 2
     plan = ["plan", "--config", str(config), *TINY, f"data.root={photos}", "budget=3 minutes", *plain]
     assert main([*plan, "--calibration", str(out), "--price", "2"]) == 0

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.end_to_end.labelled import TINY_FINETUNE, TINY_VIT, finetune_here, write_classes
+from tests.end_to_end.labelled import TINY_VIT, finetune_here, write_classes
 from tests.end_to_end.tiny import history
+from tests.engine.ranks import run_ranks
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 CHANGES = [
     *(*TINY_VIT, "model.depth=4", "model.drop_path=0.3", "engine.precision=fp32", "optim.layer_decay=null"),
     *("epochs=7", "optim.base_lr=0.1", "evaluation.every=null"),
@@ -46,13 +43,6 @@ def test_drop_path_matters_here(images, alone, tmp_path):
     assert without != pytest.approx(alone, rel=1e-3)
 
 
-def test_two_ranks_drop_what_one_drops(repository, images, alone, tmp_path):
-    config = tmp_path / "empty.yaml"
-    config.write_text("task: finetune\n")
-    line = [*LAUNCHER, "finetune.py", "--config", str(config), *TINY_FINETUNE, *CHANGES, f"data={images}"]
-    done = subprocess.run(
-        [*line, f"run={tmp_path / 'run'}", "optim.accumulation=2"],
-        cwd=repository, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_drop_what_one_drops(images, alone, tmp_path):
+    run_ranks(2, finetune_here, images, tmp_path / "run", *CHANGES, "optim.accumulation=2")
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)

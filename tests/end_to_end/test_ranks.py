@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 
-from tests.end_to_end.labelled import TINY_FINETUNE, TINY_VIT, finetune_here, write_classes
-from tests.end_to_end.tiny import arguments, history, run_here
+from tests.end_to_end.labelled import TINY_VIT, finetune_here, write_classes
+from tests.end_to_end.launched import command, start_ranks, torchrun
+from tests.end_to_end.tiny import history, run_here
+from tests.engine.ranks import run_ranks
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TINY_BATCHNORM = ["model.name=timm/resnet10t", "data.size=32"]
 
 
 def test_two_ranks_train_as_one(repository, photos, tmp_path):
     changes = ["engine.precision=fp32", "optim.accumulation=2", "data.workers=1"]
     alone = run_here(photos, tmp_path / "alone", *changes)
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}\n")
-    line = [*LAUNCHER, "pretrain.py", "--config", str(config), *arguments(photos, tmp_path / "together", *changes)]
+    line = [*torchrun(2), *command(photos, tmp_path / "together", *changes)]
     done = subprocess.run(line, cwd=repository, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     ours, theirs = history(tmp_path / "together"), history(alone)
@@ -32,30 +30,21 @@ def test_two_ranks_train_as_one(repository, photos, tmp_path):
     assert done.stdout.count("starting at step 0") == 1
 
 
-def test_a_batch_that_ranks_do_not_divide_is_refused(repository, photos, tmp_path):
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}\n")
-    line = [*LAUNCHER, "pretrain.py", "--config", str(config), *arguments(photos, tmp_path / "run", "optim.batch=9")]
-    done = subprocess.run(line, cwd=repository, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode != 0
-    assert "error: stage 1 (B=6): a batch of 9 does not divide into 2 ranks x 1 accumulation steps" in done.stderr
+def test_a_batch_that_ranks_do_not_divide_is_refused(photos, tmp_path):
+    ranks = start_ranks(2, command(photos, tmp_path / "run", "optim.batch=9"), tmp_path / "logs")
+    assert ranks.codes() == [2, 2]
+    message = "error: stage 1 (B=6): a batch of 9 does not divide into 2 ranks x 1 accumulation steps"
+    assert message in "".join(ranks.said)
 
 
 @pytest.mark.parametrize("model", [TINY_VIT, TINY_BATCHNORM], ids=["vit", "batchnorm"])
-def test_two_ranks_fine_tune_as_one(repository, tmp_path, model):
+def test_two_ranks_fine_tune_as_one(tmp_path, model):
     """Mixing and its neighbours do not know of ranks; accuracy is shared out and comes to the same counts."""
     images = write_classes(tmp_path / "images")
     changes = ["engine.precision=fp32", "model.drop_path=0", "optim.layer_decay=null", "evaluation.batch=5", *model]
     changes += ["epochs=3", "optim.base_lr=0.005", "curriculum.preset=efficienttrain_pp", "optim.ema=0.9"]
     alone = finetune_here(images, tmp_path / "alone", *changes)
-    config = tmp_path / "empty.yaml"
-    config.write_text("task: finetune\n")
-    line = [*LAUNCHER, "finetune.py", "--config", str(config), *TINY_FINETUNE, *changes, f"data={images}"]
-    done = subprocess.run(
-        [*line, f"run={tmp_path / 'together'}"],
-        cwd=repository, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, finetune_here, images, tmp_path / "together", *changes)
     ours, theirs = history(tmp_path / "together"), history(alone)
     losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (ours, theirs)]
     # Each rank's BatchNorm sees its own half of the batch, as in the published runs: alike, not equal.

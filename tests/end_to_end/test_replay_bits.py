@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ import pytest
 from mae_et.curriculum import Plan
 from mae_et.data.loader import RequestDataset
 from tests.end_to_end.labelled import TINY_VIT, finetune_here, write_classes
-from tests.end_to_end.tiny import arguments, history, run_here, weights
-
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+from tests.end_to_end.tiny import history, run_here, weights
+from tests.engine.ranks import run_ranks
 
 # Two replayed steps after each fresh one, from two batches of 8 x 3 x 16 x 16 bytes in the last stage.
 REPLAY = ["epochs=4", "replay.ratio=2", "replay.gigabytes=12.5e-6"]
@@ -107,14 +104,10 @@ def test_the_data_path_works_for_fresh_steps_alone(photos, uninterrupted, tmp_pa
     assert 2.7 < plan.total_images / sum(loaded) < 3
 
 
-def test_two_ranks_replay_as_one(repository, photos, tmp_path):
+def test_two_ranks_replay_as_one(photos, tmp_path):
     changes = [*REPLAY, "epochs=2", "engine.precision=fp32", "optim.accumulation=2", "data.workers=0"]
     alone = run_here(photos, tmp_path / "alone", *changes)
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}\n")
-    line = [*LAUNCHER, "pretrain.py", "--config", str(config), *arguments(photos, tmp_path / "together", *changes)]
-    done = subprocess.run(line, cwd=repository, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, run_here, photos, tmp_path / "together", *changes)
     losses = [[row["train/loss"] for row in history(run)[:20]] for run in (tmp_path / "together", alone)]
     # fp32 sums over ranks in another order, as in test_ranks.py.
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import socket
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mae_et.config import ConfigError, load_config
-from mae_et.pretraining import pretrain
+from mae_et.config import ConfigError
 from tests.end_to_end.labelled import TINY_VIT, finetune_here, write_classes
-from tests.end_to_end.tiny import arguments, history, run_here, weights
+from tests.end_to_end.tiny import history, run_here, weights
+from tests.engine.ranks import run_ranks
 
 INFOBATCH = ["selection.method=infobatch", "saving.steps=1", "saving.keep=1000", "epochs=6"]
 
@@ -133,29 +129,10 @@ def test_a_ratio_of_zero_is_no_selection_but_for_rounding(photos, tmp_path):
     assert not (max((plain / "checkpoints").iterdir()) / "selection.safetensors").exists()
 
 
-def one_rank(rank: int, port: int, lines: list[str]) -> None:
-    """What torchrun would start; at module level so that the fork server can import it."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives as long as the process
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    pretrain(load_config(None, lines))
-
-
 def test_two_ranks_select_as_one(photos, tmp_path):
     changes = ["selection=infobatch", "saving.steps=20", "engine.precision=fp32", "optim.accumulation=2"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretraining"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    lines = arguments(photos, tmp_path / "together", *changes)
-    processes = [context.Process(target=one_rank, args=(rank, port, lines)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    run_ranks(2, run_here, photos, tmp_path / "together", *changes)
     alone = run_here(photos, tmp_path / "alone", *changes)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
     ours, theirs = rows_of(tmp_path / "together"), rows_of(alone)
     assert max(row["selection/pruned"] for row in ours[:20]) > 0.1
     for key in ("selection/pruned", "selection/passes"):

@@ -8,10 +8,25 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-SECONDS = 40  # until ranks that are stuck are killed
+SECONDS = 120  # until ranks that are stuck are killed; a machine may be busy
+
+
+def fork_server() -> ForkServerContext:
+    """What starts processes that have everything imported: a start takes no second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [f"mae_et.{name}" for name in ("pretraining", "finetuning", "detecting", "segmenting")]
+    )
+    return context
+
+
+def start_workers_as_usual() -> None:
+    """In a fork server's child, let data workers be started as in users' runs, not by a server of its own."""
+    multiprocessing.set_start_method(None, force=True)  # pyright: ignore[reportArgumentType] - None is the default
 
 
 def run_ranks(count: int, body: Callable[..., None], *arguments: Any, expect: int = 0) -> list[str]:
@@ -20,8 +35,7 @@ def run_ranks(count: int, body: Callable[..., None], *arguments: Any, expect: in
     Returns:
         What each rank wrote to stderr; all have ended with exit code `expect`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretraining", "mae_et.finetuning"])
+    context = fork_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -51,6 +65,7 @@ def _rank(rank: int, count: int, port: int, log: str, body: Callable[..., None],
     os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives as long as the process
     sys.stderr = open(log, "w")  # noqa: SIM115, PTH123
+    start_workers_as_usual()
     import torch
 
     torch.set_num_threads(1)

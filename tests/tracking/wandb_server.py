@@ -15,10 +15,12 @@ from typing import Any
 
 
 class FakeWandbServer:
-    """The part of W&B's server that a run without artifacts talks to, on 127.0.0.1; remembers what it was sent.
+    """The part of W&B's server that runs and saved views talk to, on 127.0.0.1; remembers what it was sent.
 
-    `runs` maps a run id to {"rows": history rows, "upserts": variables of each UpsertBucket}; `uploads` lists the
-    names of uploaded files; `requests` counts what arrived. What it may do wrong, from any moment on: `delay` seconds
+    `runs` maps a run id to {"rows": history rows, "summary": its summary, "upserts": variables of each UpsertBucket,
+    "alerts": variables of each alert}; `uploads` lists the names of uploaded files; `artifacts` maps the name of an
+    artifact to what was said of it; `views` has the variables of each saved workspace or report; `requests` counts
+    what arrived. What it may do wrong, from any moment on: `delay` seconds
     before each answer, answer with the HTTP `status`, or with the bytes of `rubbish`.
     """
 
@@ -29,6 +31,8 @@ class FakeWandbServer:
         self.requests = 0
         self.runs: dict[str, dict[str, Any]] = {}
         self.uploads: list[str] = []
+        self.artifacts: dict[str, dict[str, Any]] = {}
+        self.views: list[dict[str, Any]] = []
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -97,7 +101,10 @@ class FakeWandbServer:
         self._thread.join()
 
     def take_rows(self, run_id: str, message: dict[str, Any]) -> None:
-        history = (message.get("files") or {}).get("wandb-history.jsonl")
+        files = message.get("files") or {}
+        history, summary = files.get("wandb-history.jsonl"), files.get("wandb-summary.json")
+        if summary:
+            self.runs[run_id]["summary"] = json.loads(summary["content"][-1])
         if history:
             rows = self.runs[run_id]["rows"]
             del rows[history["offset"] :]
@@ -112,7 +119,7 @@ class FakeWandbServer:
         run_id = str(variables.get("name"))
         if operation == "UpsertBucket":
             inserted = run_id not in self.runs
-            run = self.runs.setdefault(run_id, {"rows": [], "upserts": []})
+            run = self.runs.setdefault(run_id, {"rows": [], "summary": {}, "upserts": [], "alerts": []})
             run["upserts"].append({name: value for name, value in variables.items() if value is not None})
             bucket = {
                 "id": "cnVu",
@@ -136,6 +143,54 @@ class FakeWandbServer:
             return {"createRunFiles": {"runID": "cnVu", "uploadHeaders": [], "files": files}}
         if operation == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
+        if operation == "NotifyScriptableRunAlert":
+            self.runs[variables["runName"]]["alerts"].append(variables)
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if operation.lower().startswith("upsertview"):
+            self.views.append(variables)
+            view = {"id": f"view{len(self.views)}", "name": variables["name"], "type": variables["type"]}
+            view.update({"displayName": variables["displayName"], "description": "", "spec": variables["spec"]})
+            project = {"id": "cHJvamVjdA==", "name": variables["projectName"], "entityName": variables["entityName"]}
+            return {"upsertView": {"view": {**view, "project": project}, "inserted": True}}
+        if operation == "GetProjects":  # those of the views so far
+            names = {view["projectName"] for view in self.views}
+            common = {"__typename": "Project", "entityName": "me", "createdAt": "2026-01-01T00:00:00", "user": None}
+            nodes = [{"id": "cHJvamVjdA==", "name": name, "isBenchmark": False, **common} for name in names]
+            page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+            return {"models": {"pageInfo": page, "edges": [{"node": node} for node in nodes]}}
+        if operation == "ProjectInternalId":
+            return {"project": {"id": "cHJvamVjdA==", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}}
+        return self._answer_artifact(operation, variables, base)
+
+    def _answer_artifact(self, operation: str, variables: dict[str, Any], base: str) -> dict[str, Any]:
+        if operation == "ArtifactType":  # no such artifact yet
+            return {"project": {"artifact": None}}
+        if operation == "CreateArtifact":
+            said = variables["input"]
+            self.artifacts[said["artifactCollectionName"]] = {**said, "committed": False}
+            sequence = {"latestArtifact": None}
+            artifact = {"id": said["artifactCollectionName"], "state": "PENDING", "artifactSequence": sequence}
+            return {"createArtifact": {"artifact": artifact}}
+        if operation in ("CreateArtifactManifest", "UpdateArtifactManifest"):
+            name = operation[0].lower() + operation[1:]
+            file = {"id": "ZmlsZQ==", "uploadUrl": f"{base}/upload/manifest", "uploadHeaders": []}
+            return {name: {"artifactManifest": {"id": "bWFuaWZlc3Q=", "file": file}}}
+        if operation == "CreateArtifactFiles":
+            nodes = [
+                {
+                    "storagePath": f"stored/{file['name']}",
+                    "uploadUrl": f"{base}/upload/artifact/{file['name']}",
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "artifact": {"id": file["artifactID"]},
+                }
+                for file in variables["input"]["artifactFiles"]
+            ]
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if operation == "CommitArtifact":
+            name = variables["artifactID"]
+            self.artifacts[name]["committed"] = True
+            return {"commitArtifact": {"artifact": {"id": name, "digest": self.artifacts[name]["digest"]}}}
         return {}
 
     @staticmethod
@@ -144,7 +199,7 @@ class FakeWandbServer:
             "id": "cnVu",
             "name": run_id,
             "displayName": "fake-run",
-            "summaryMetrics": "{}",
+            "summaryMetrics": json.dumps(run["summary"]),
             "logLineCount": 0,
             "historyLineCount": len(run["rows"]),
             "eventsLineCount": 0,
