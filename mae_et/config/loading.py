@@ -55,7 +55,7 @@ def load_config(
         _refuse_unknown(origin, values, known, free_form)
         _refuse_flat(origin, values, schema())
         try:
-            config = OmegaConf.merge(config, values)
+            config.merge_with(values)  # in place: `OmegaConf.merge` would copy everything once an override
         except (OmegaConfBaseException, OverflowError) as error:  # the latter of integers beyond all floats
             key = getattr(error, "full_key", None) or "?"
             raise ConfigError(f"{origin}: {key}: {str(error).splitlines()[0]}") from None

@@ -96,8 +96,8 @@ def read_yaml(path: Path, follow: bool = True) -> dict[Any, Any]:
             raise ValueError(f"{path} must hold keys and values at its top level") from None
         raise
     except Exception as error:  # PyYAML and OmegaConf raise many kinds for a file that is not a mapping of keys
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path} cannot be read as YAML: {text}") from None
+        text = " ".join(str(error).split())  # PyYAML speaks in several lines
+        raise ValueError(text if str(path) in str(error) else f"{path} cannot be read as YAML: {text}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values at its top level")
     refuse_interpolation(str(path), values)

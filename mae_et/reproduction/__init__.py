@@ -17,6 +17,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("name", nargs="?", help="table_15, figure_4, ..., or the path of a file like theirs")
     command.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="default: laptop")
     command.add_argument("--plan", action="store_true", help="print the cost, and run nothing")
+    command.add_argument("--table", action="store_true", help="print the table of what was made, and run nothing")
     command.add_argument("--yes", action="store_true", help="start at the paper's scale, which takes days of GPUs")
     command.add_argument(
         "--only", nargs="+", default=[], metavar="CELL", help="run these cells, or patterns of a grid, alone"
@@ -62,4 +63,5 @@ def _reproduce(options: argparse.Namespace) -> int:
         options.yes,
         options.launch.split(),
         options.jobs,
+        options.table,
     )

@@ -36,6 +36,7 @@ def reproduce(
     yes: bool = False,
     launch: Sequence[str] = (),
     jobs: int = 1,
+    table: bool = False,
     say: Say = print,
 ) -> int:
     """Reproduce a table or figure at one scale; it can be interrupted and repeated.
@@ -51,6 +52,7 @@ def reproduce(
         yes: start at the paper's scale.
         launch: what starts training in place of Python, such as torchrun and its options.
         jobs: runs at a time.
+        table: print the table of what was made, and run nothing.
         say: where it is printed.
 
     Returns:
@@ -67,6 +69,9 @@ def reproduce(
     if unknown:
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: the cells are {', '.join(chosen.cells)}")
     absolute = {key: str(Path(value).resolve()) for key, value in (places or {}).items()}
+    if table:
+        _print_table(experiment, chosen, absolute, say)
+        return 0
     # A plan asks nothing of places that are not said.
     unsaid = {used: used for cell in chosen.cells.values() for used in cell.uses if used not in chosen.cells}
     say(f"{heading(experiment)}\n\n{cost_table(chosen, {**unsaid, **absolute})}\n")
@@ -85,17 +90,22 @@ def reproduce(
     to_make = [run for cell in wanted if cell.program != "plan" for run in runs_of(chosen, cell, absolute)]
     # The first seed of everything comes first: a table with few seeds is sooner of use than a part of one with many.
     make_all(sorted(to_make, key=lambda run: run.cell.seeds.index(run.seed)), jobs, say, launch)
-    text = whole_table(experiment, chosen, absolute)
+    _print_table(experiment, chosen, absolute, say)
+    return 0
+
+
+def _print_table(experiment: Experiment, chosen: Scale, places: Mapping[str, str], say: Say) -> None:
+    """Print table and curves, and keep them beside the runs."""
+    text = whole_table(experiment, chosen, places)
     folder = REPOSITORY / chosen.runs
     folder.mkdir(parents=True, exist_ok=True)
     for number, curves in enumerate(chosen.curves, 1):
-        text += f"\n\n{curves_text(chosen, curves, absolute)}"
+        text += f"\n\n{curves_text(chosen, curves, places)}"
         picture = folder / f"{experiment.name}-{number}.png"
-        if draw_curves(chosen, curves, absolute, picture):
+        if draw_curves(chosen, curves, places, picture):
             text += f"\n\n{picture}"
     say(f"\n{text}")
     (folder / f"{experiment.name}.md").write_text(text + "\n")
-    return 0
 
 
 def choose_scale(experiment: Experiment, name: str, runs: str | None, changes: Sequence[str]) -> Scale:
