@@ -28,7 +28,12 @@ from tests.test_paper_map import ROWS, starts_with
 
 every_experiment = pytest.mark.parametrize("name", names())
 # Data that are not on every machine; a plan needs no more than their names.
-PLACES = {"photos": "/data/photos", "imagenet": "/data/imagenet", "imagenet22k": "/data/imagenet22k"}
+PLACES = {
+    "photos": "/data/photos",
+    "clipart": "/data/clipart",
+    "imagenet": "/data/imagenet",
+    "imagenet22k": "/data/imagenet22k",
+}
 
 
 @every_experiment
