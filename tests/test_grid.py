@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
@@ -13,6 +14,7 @@ from mae_et.reproduction import cells as cells_module
 from mae_et.reproduction.cells import make_all, runs_of, spent
 from mae_et.reproduction.curves import curves_text, draw_curves, points_of, savings
 from mae_et.reproduction.experiments import read_experiment
+from mae_et.reproduction.table import write_runs
 
 GRID = {
     "method": {"plain": {"title": "MAE", "words": "curriculum=baseline"}, "et": {"title": "ET++", "words": "seed=3"}},
@@ -136,6 +138,23 @@ def test_tables_and_picture(made, tmp_path):
     assert draw_curves(made, made.curves[0], {}, picture)
     assert picture.stat().st_size > 10_000
     assert not draw_curves(made, made.curves[0], {}, picture) or picture.exists()
+
+
+def test_what_is_behind_a_table_is_kept_as_csv(made, tmp_path):
+    write_runs(made, {}, tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert rows[1] == {
+        "cell": "plain_half",
+        "seed": "2",
+        "accuracy": "0.69",
+        "eval/knn20": "0.5",
+        "flops": "1e+12",
+        "minutes": "1",
+        "core_minutes": "0.5",
+        "command": "pretrain.py curriculum=baseline x=1 epochs=0.5",
+    }
 
 
 def test_another_score_is_taken_by_name(made, tmp_path):

@@ -20,7 +20,7 @@ from mae_et.reproduction.experiments import (
     names,
     read_experiment,
 )
-from mae_et.reproduction.table import heading, whole_table
+from mae_et.reproduction.table import heading, whole_table, write_runs
 
 Say = Callable[[str], None]
 
@@ -95,7 +95,7 @@ def reproduce(
 
 
 def _print_table(experiment: Experiment, chosen: Scale, places: Mapping[str, str], say: Say) -> None:
-    """Print table and curves, and keep them beside the runs."""
+    """Print table and curves, and keep them and a line for every run beside the runs."""
     text = whole_table(experiment, chosen, places)
     folder = REPOSITORY / chosen.runs
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +106,7 @@ def _print_table(experiment: Experiment, chosen: Scale, places: Mapping[str, str
             text += f"\n\n{picture}"
     say(f"\n{text}")
     (folder / f"{experiment.name}.md").write_text(text + "\n")
+    write_runs(chosen, places, folder / f"{experiment.name}.csv")
 
 
 def choose_scale(experiment: Experiment, name: str, runs: str | None, changes: Sequence[str]) -> Scale:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mae_et.comparison.speedup import Curve, Speedup, speedup
 from mae_et.reproduction.cells import Run, Spent, runs_of, score, spent
 from mae_et.reproduction.experiments import Curves, Scale
 
+if TYPE_CHECKING:  # drawing takes a second to import, and few commands draw
+    from matplotlib.axes import Axes
+
 AXES = {"flops": ("TFLOPs", 1e12), "core_minutes": ("core minutes", 1.0)}
+
+
+# Okabe and Ito's colours, as of all our pictures, each with a marker of its own.
+_STYLES = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
+    ("#000000", "X"), ("#8C564B", "*"),
+)  # fmt: skip
 
 
 class Point(NamedTuple):
@@ -147,6 +157,7 @@ def draw_curves(scale: Scale, curves: Curves, places: Mapping[str, str], path: P
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     points = points_of(scale, curves, places)
     if not points:
@@ -155,13 +166,15 @@ def draw_curves(scale: Scale, curves: Curves, places: Mapping[str, str], path: P
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (axis, (unit, scale_of)) in zip(panels, AXES.items()):
-        for (level, texts), (color, marker) in zip(scale.grid[curves.of].items(), STYLES):
+        for (level, texts), (color, marker) in zip(scale.grid[curves.of].items(), _STYLES):
             _draw_level(axes, points, level, texts["title"], axis, scale_of, color, marker)
         axes.set_xscale("log")
         axes.set_xlabel(f"pretraining, {unit}")
-        axes.grid(alpha=0.25, which="both")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("accuracy, %")
     panels[0].legend(frameon=False)
     figure.suptitle(curves.title)
@@ -169,14 +182,9 @@ def draw_curves(scale: Scale, curves: Curves, places: Mapping[str, str], path: P
     return True
 
 
-# Okabe and Ito's colours, as of all our pictures, each with a marker of its own.
-STYLES = (
-    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
-    ("#000000", "X"), ("#8C564B", "*"),
-)  # fmt: skip
-
-
-def _draw_level(axes, points, level, title, axis, unit, color, marker) -> None:
+def _draw_level(
+    axes: Axes, points: Sequence[Point], level: str, title: str, axis: str, unit: float, color: str, marker: str
+) -> None:
     of_level = [point for point in points if point.level == level and getattr(point.cost, axis) is not None]
     if not of_level:
         return

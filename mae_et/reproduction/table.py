@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 
+from mae_et.curriculum.table import write_csv
 from mae_et.reproduction.cells import Run, runs_of, score, spent
 from mae_et.reproduction.experiments import STUDIES, Experiment, Scale
 
@@ -49,6 +51,22 @@ def _row(runs: list[Run], scores: list[float], made: Mapping[str, list[Run]], wi
 
 def _line(values: list[str]) -> str:
     return f"| {' | '.join(values)} |"
+
+
+def write_runs(scale: Scale, places: Mapping[str, str], path: Path) -> None:
+    """What is behind a table, as CSV: of each run that has a score its command, costs and scores."""
+    rows = []
+    for cell in scale.cells.values():
+        for run in runs_of(scale, cell, places):
+            first = score(run)
+            if first is None:
+                continue
+            cost = spent(run)
+            costs = [None] * 3 if cost is None else [cost.flops, cost.minutes, cost.core_minutes]
+            knn = score(run, "eval/knn20") if cell.program == "pretrain.py" else None
+            rows.append([cell.name, run.seed, first, knn, *costs, " ".join(cell.words)])
+    header = ["cell", "seed", "accuracy", "eval/knn20", "flops", "minutes", "core_minutes", "command"]
+    write_csv(path, header, rows)
 
 
 def heading(experiment: Experiment) -> str:
