@@ -13,8 +13,9 @@ from typing import Any
 from mae_et.comparison.opening import OpenedRun, open_runs, stage_pictures
 from mae_et.comparison.pretraining_cost import add_pretraining
 from mae_et.comparison.runs import AXES, ComparedRun, Comparison, StageSpan
-from mae_et.comparison.scores import check_reach, choose_score, scores_of
-from mae_et.comparison.speedup import Reached, Speedup, cost_to_reach, speedup
+from mae_et.comparison.scores import check_reach, choose_score, is_share, scores_of
+from mae_et.comparison.speedup import Reached, Speedup, cost_to_reach, speedup, with_bounds
+from mae_et.comparison.table import score_text
 from mae_et.config import ConfigError
 from mae_et.curriculum.stage import format_size
 from mae_et.curriculum.table import SUFFIXES
@@ -48,6 +49,8 @@ def compare_runs(
             whose cost cannot be told.
     """
     opened = open_runs(folders)
+    if axis == "compute":
+        _refuse_without_flops(opened)
     before: Mapping[str, Mapping[str, float]] = {}
     if with_pretraining:
         opened, before = add_pretraining(opened, axis)
@@ -63,6 +66,12 @@ def compare_runs(
     target = _target(runs, chosen, first, reach)
     comparison = Comparison(axis, unit, chosen, runs, first, differences(runs), reached(runs, chosen, first, target))
     return replace(comparison, notes=notes(comparison, with_pretraining))
+
+
+def _refuse_without_flops(runs: Sequence[OpenedRun]) -> None:
+    unknown = [str(run.path) for run in runs if run.plan is not None and run.plan.total_flops is None]
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: the plan knows no FLOPs: use --axis hours, images or fraction")
 
 
 def _spent(run: OpenedRun, before: Mapping[str, float]) -> dict[str, float]:
@@ -170,7 +179,7 @@ def differences(runs: Sequence[ComparedRun]) -> tuple[tuple[str, tuple[str, ...]
 def _find_group(runs: Sequence[ComparedRun], name: str | None) -> str:
     """The baseline's group, by its name or that of one of its runs."""
     for run in runs:
-        if name in (None, run.group, run.name, str(run.path)):
+        if name in (None, run.group, run.name) or Path(name) == run.path:
             return run.group
     names = dict.fromkeys(run.group for run in runs)
     raise ConfigError(f"--baseline {name}: there is no such run or group; there are {', '.join(names)}")
@@ -193,6 +202,8 @@ def reached(runs: Sequence[ComparedRun], score: str, baseline: str, target: floa
         gain = speedup(curves[baseline], seeds, target)
         if group == baseline:  # against itself there is nothing to estimate
             gain = Speedup(gain.ratio, None, None, gain.seeds, gain.of)
+        else:
+            gain = with_bounds(gain, curves[baseline], seeds, target)
         found.append(Reached(group, target, tuple(cost_to_reach(curve, target) for curve in seeds), gain))
     return tuple(found)
 
@@ -210,10 +221,11 @@ def notes(comparison: Comparison, with_pretraining: bool) -> tuple[str, ...]:
             "have other losses: score with evaluation.every=0.1 or `python -m mae_et evaluate RUN`."
         )
     target = comparison.reached[0].score
-    first = dict.fromkeys(run.group for run in runs if run.scores[score][0].score >= target)
-    if first:
+    early = dict.fromkeys(run.group for run in runs if run.scores[score][0].score > target)
+    if early:
         found.append(
-            f"There already when first scored, and perhaps sooner than it says, are runs of {', '.join(first)}."
+            f"Above {score_text(target, is_share(runs, score))} when first scored, and perhaps there for less, are runs"
+            f" of {', '.join(early)}: a speed-up is then a bound, and none where the baseline's are, too."
         )
     if with_pretraining:
         found.append("Costs are those of a run and of all that made the network it began with.")
@@ -221,6 +233,12 @@ def notes(comparison: Comparison, with_pretraining: bool) -> tuple[str, ...]:
         found.append(
             "Scores of a frozen encoder cost nothing themselves; --with-pretraining adds what the encoder cost."
         )
+    begun: dict[str, list[str | None]] = {}
+    for run in runs:
+        begun.setdefault(run.group, []).append(run.parent)
+    shared = [group for group, parents in begun.items() if len(parents) > len({*parents}) and any(parents)]
+    if shared:
+        found.append(f"Runs of {', '.join(shared)} began with one network: how they vary says nothing of its own seed.")
     seen: dict[tuple[Any, ...], str] = {}
     for run in runs:
         seeds = (run.group, run.seed, run.settings.get("checkpoint.seed"), run.settings.get("checkpoint.checkpoint"))

@@ -29,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mae_et.comparison.runs import ComparedRun, Comparison, StageSpan
 from mae_et.comparison.scores import is_share
 from mae_et.comparison.table import geometric_mean
-from mae_et.comparison.words import SPOKEN, by_group, score_name
+from mae_et.comparison.words import SPOKEN, by_group, compact, score_name
 
 # Okabe and Ito, "Color Universal Design" (2008), as in mae_et.tracking.curves; lines differ by marker, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -73,10 +73,13 @@ def swatch(number: int) -> str:
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean over seeds at the costs of the first of them, each straight between its points.
+    """The mean over seeds: point by point where they were scored equally often, as they are unless one was cut short.
 
-    It ends where the shortest curve ends, and begins where the last one begins.
+    Else at the costs of the first of them, each straight between its points, from where the last curve begins to where
+    the shortest ends. Costs of the same point differ from seed to seed where they are hours.
     """
+    if len({len(curve) for curve in curves}) == 1:
+        return [tuple(np.mean(points, axis=0).tolist()) for points in zip(*curves)]
     low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     costs = [cost for cost, _ in curves[0] if low <= cost <= high]
     values = [np.interp(costs, [cost for cost, _ in curve], [score for _, score in curve]) for curve in curves]
@@ -117,7 +120,7 @@ def score_figure(comparison: Comparison, width: int = WIDE, log: bool = False) -
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     if staged:
         _draw_strip(panels[1], groups, staged, width)
     panels[-1].set_xlabel(_axis_label(comparison))
@@ -156,7 +159,7 @@ def loss_figure(comparison: Comparison, group: str) -> Drawn | None:
     axes.set_xlim(0, total)
     _shade(axes, stages, total)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_ylabel("training loss")
     axes.set_xlabel(_axis_label(comparison))
     return Drawn(_svg(figure, f"loss-{index}"), note)
@@ -181,7 +184,7 @@ def rate_figure(comparison: Comparison, width: int = WIDE) -> str | None:
     _dress(axes, width)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("learning rate")
     axes.set_xlabel(_axis_label(comparison))
@@ -306,14 +309,6 @@ def _stages(runs: Sequence[ComparedRun]) -> tuple[StageSpan, ...]:
 
 def _axis_label(comparison: Comparison) -> str:
     return SPOKEN[comparison.axis].label + (f", {comparison.unit}" if comparison.axis in ("compute", "hours") else "")
-
-
-def _compact(value: float) -> str:
-    """A cost in few letters: 1500000 is 1.5 M."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
 
 
 def _figure(width: int, height: int) -> Figure:

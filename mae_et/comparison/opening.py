@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from mae_et.config import (
     ProbeConfig,
     RunConfig,
     SegmentConfig,
-    as_dict,
 )
 from mae_et.config.kept import kept_config, kept_task, read_kept, unique_names
 from mae_et.config.plain import parse_json
@@ -129,7 +130,7 @@ def open_run(path: Path, name: str) -> OpenedRun:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     parent, begin = _parent(rows, path)
-    settings = flat(as_dict(config))
+    settings = flat(asdict(config))
     if parent is not None:
         settings |= {f"checkpoint.{key}": value for key, value in parent.settings.items()}
         # Paths of runs differ from seed to seed; what they were told is beside.
@@ -194,7 +195,26 @@ def _run_id(path: Path) -> str | None:
 def _status(path: Path) -> str:
     file = path / "status.json"
     values = read_kept(file, parse_json) if file.exists() else {}
-    return STATES.get(str(values.get("state")) if isinstance(values, dict) else "", "interrupted")
+    status = STATES.get(str(values.get("state")) if isinstance(values, dict) else "", "interrupted")
+    # A killed run cannot say that it is over; but the lock on its folder is gone.
+    return "interrupted" if status == "running" and not _is_held(path / ".lock") else status
+
+
+def _is_held(file: Path) -> bool:
+    """Whether a run holds a lock; a mount without locks cannot tell, and the run is believed."""
+    try:
+        lock = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _late_scores(path: Path) -> list[tuple[float, dict[str, float]]]:

@@ -20,7 +20,7 @@ from mae_et.comparison.runs import ComparedRun, Comparison
 from mae_et.comparison.scores import is_share
 from mae_et.comparison.speedup import Reached
 from mae_et.comparison.style import STYLE
-from mae_et.comparison.table import GroupRow, group_rows, spread_text, time_text
+from mae_et.comparison.table import SIGNS, GroupRow, group_rows, spread_text, time_text
 from mae_et.comparison.words import (
     INTERVAL,
     SPOKEN,
@@ -178,7 +178,7 @@ def _speedup(reached: Reached, is_baseline: bool) -> str:
     if found.ratio is None:
         return "–"
     if found.low is None or found.high is None:
-        return f"{escape(times(found.ratio))}×<small>no interval</small>"
+        return f"{SIGNS[found.bound]}{escape(times(found.ratio))}×<small>no interval</small>"
     return f"{escape(times(found.ratio))}×<small>{escape(f'{times(found.low)} to {times(found.high)}')}</small>"
 
 

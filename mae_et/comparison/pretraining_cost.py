@@ -67,11 +67,13 @@ def _find(run: OpenedRun, known: Mapping[str, OpenedRun]) -> OpenedRun:
     if parent.run_id is not None and parent.run_id in known:
         return known[parent.run_id]
     folder = Path(parent.path).parent.parent
+    there = "no such run is there any more"
     if (folder / "config.yaml").exists():
         found = open_run(folder, folder.name)
         if parent.run_id is None or found.run_id == parent.run_id:
             return found
+        there = f"another run is there now (run id {found.run_id})"
     raise ConfigError(
-        f"{run.path} began with {parent.path} (run id {parent.run_id}), and no such run is there any more: give its "
-        "folder among the runs, or compare without --with-pretraining"
+        f"{run.path} began with {parent.path} (run id {parent.run_id}), and {there}: give its folder among the "
+        "runs, or compare without --with-pretraining"
     )

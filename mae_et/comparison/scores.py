@@ -95,6 +95,8 @@ def is_share(runs: Sequence[ComparedRun], score: str) -> bool:
 
 
 def check_reach(runs: Sequence[ComparedRun], score: str, reach: float) -> None:
-    """Raise ConfigError for a score that cannot be reached by any run, such as one in per cent."""
+    """Raise ConfigError for a score that cannot be reached by any run, such as one in per cent, or a loss's own."""
+    if score == LOSS and not reach <= 0:
+        raise ConfigError(f"--reach {reach:g}: losses are compared negated; say --reach=-{abs(reach):g}")
     if is_share(runs, score) and not 0 <= reach <= 1:
         raise ConfigError(f"--reach {reach:g}: {score} is between 0 and 1; say {reach / 100:g} for {reach:g} %")

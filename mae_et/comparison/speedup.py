@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Speedup:
             which tells nothing of how they vary.
         seeds: how many of (baseline, group) reach the score.
         of: how many there are of each.
+        bound: "at least" or "at most" where the ratio is no more than that; "" where it is an estimate.
     """
 
     ratio: float | None
@@ -36,6 +37,7 @@ class Speedup:
     high: float | None
     seeds: tuple[int, int]
     of: tuple[int, int]
+    bound: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,21 @@ def speedup(baseline: Sequence[Curve], group: Sequence[Curve], score: float, log
     with np.errstate(over="ignore", under="ignore"):  # two seeds that differ much leave an interval without an end
         low, high = np.exp([middle - reach, middle + reach])
     return Speedup(math.exp(middle), float(low), float(high), seeds, of)
+
+
+def begins_above(curves: Sequence[Curve], score: float) -> bool:
+    """Whether some seed is above a score where its curve begins, so that it may have got there for less."""
+    return any(curve[0][1] > score for curve in curves)
+
+
+def with_bounds(found: Speedup, baseline: Sequence[Curve], group: Sequence[Curve], score: float) -> Speedup:
+    """What is left of a speed-up where curves begin above the score: a bound; nothing where both sides' do."""
+    late, early = begins_above(baseline, score), begins_above(group, score)
+    if found.ratio is None or not (late or early):
+        return found
+    if late and early:
+        return replace(found, ratio=None, low=None, high=None)
+    return replace(found, low=None, high=None, bound="at most" if late else "at least")
 
 
 def welch_reach(first: np.ndarray, second: np.ndarray) -> float:

@@ -16,7 +16,9 @@ WIDEST = 40  # characters of a setting in the terminal
 HEADER = (
     *("group", "runs", "seeds", "complete", "score", "final", "final_sd", "best", "best_sd", "best_at", "flops"),
     *("hours", "images", "reach", "cost_to_reach", "reached_by", "speedup", "speedup_low", "speedup_high"),
+    "speedup_is",
 )
+SIGNS = {"": "", "at least": "≥ ", "at most": "≤ "}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def speedup_text(reached: Reached, is_baseline: bool = False) -> str:
     if gain.ratio is None:
         return "-"
     if gain.low is None or gain.high is None:
-        return f"{gain.ratio:.2f}x"
+        return f"{SIGNS[gain.bound]}{gain.ratio:.2f}x"
     return f"{gain.ratio:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
 
 
@@ -184,6 +186,7 @@ def write_tables(comparison: Comparison, path: Path) -> Path:
             *(row.final.mean, row.final.deviation, row.best.mean, row.best.deviation, row.best_at),
             *(row.flops, row.hours, row.images, row.reached.score, row.cost, row.reached.speedup.seeds[1]),
             *(row.reached.speedup.ratio, row.reached.speedup.low, row.reached.speedup.high),
+            row.reached.speedup.bound,
         ]
         for row in group_rows(comparison)
     ]

@@ -127,17 +127,21 @@ def _finding(comparison: Comparison, reached: Reached) -> str:
     score, found = told(reached.score, comparison), reached.speedup
     if found.ratio is None:
         return _without_ratio(comparison, reached)
+    bound = f"{found.bound} ".lstrip()
+    inverse = {"at least ": "at most ", "at most ": "at least "}.get(bound, "")
     if found.ratio >= 1:
-        said = f"{group} reached {score} with {times(1 / found.ratio)} of {baseline}'s {axis.noun}: "
-        return f"{said}{times(found.ratio)}× {axis.less} ({_interval(found, baseline, group)})."
+        said = f"{group} reached {score} with {inverse}{times(1 / found.ratio)} of {baseline}'s {axis.noun}: "
+        return f"{said}{bound}{times(found.ratio)}× {axis.less} ({_interval(found, baseline, group)})."
     slower = _interval(found, baseline, group, inverse=True)
-    return f"{group} needed {times(1 / found.ratio)}× {baseline}'s {axis.noun} to reach {score} ({slower})."
+    return f"{group} needed {inverse}{times(1 / found.ratio)}× {baseline}'s {axis.noun} to reach {score} ({slower})."
 
 
 def _interval(found: Speedup, baseline: str, group: str, inverse: bool = False) -> str:
     """The interval of a ratio, or of its inverse, or why there is none."""
     first, second = found.of
     if found.low is None or found.high is None:
+        if found.bound:
+            return f"no interval: {baseline if found.bound == 'at most' else group} was above it when first scored"
         if found.of == (1, 1):
             return "one seed each: no interval"
         if min(found.of) > 1:
@@ -160,6 +164,9 @@ def _without_ratio(comparison: Comparison, reached: Reached) -> str:
     group, baseline, score = reached.group, comparison.baseline, told(reached.score, comparison)
     (first, second), of = reached.speedup.seeds, reached.speedup.of
     if (first, second) == of:
+        costs = [cost for other in comparison.reached if other.group in (group, baseline) for cost in other.costs]
+        if 0 not in costs:
+            return f"{group} and {baseline} were above {score} when first scored, so there is no speed-up to tell."
         return f"{group} or {baseline} had {score} before it cost anything, so there is no speed-up to tell."
     if not first and not second:
         fates = ", ".join(f"{name} {_missed(comparison, name)}" for name in (group, baseline))

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mae_et.comparison.speedup import Curve, Speedup, speedup
+from mae_et.comparison.speedup import Curve, Speedup, speedup, with_bounds
+from mae_et.comparison.table import SIGNS
 from mae_et.reproduction.cells import Run, Spent, runs_of, score, spent
 from mae_et.reproduction.experiments import Curves, Scale
 
@@ -99,16 +100,12 @@ def _cell_text(points: Sequence[Point]) -> str:
 
 
 class Saving(NamedTuple):
-    """What a level saves where it reaches what every seed of the baseline reaches with a budget.
-
-    `at_least`: some seed is there with the least budget that it was given, so that it might be there with less.
-    """
+    """What a level saves where it reaches what every seed of the baseline reaches with a budget."""
 
     level: str
     budget: str
     score: float
     speedup: Speedup
-    at_least: bool
 
 
 def savings(scale: Scale, curves: Curves, points: Sequence[Point], axis: str) -> list[Saving]:
@@ -123,8 +120,8 @@ def savings(scale: Scale, curves: Curves, points: Sequence[Point], axis: str) ->
             reached = [p.score for p in points if (p.level, p.budget) == (curves.baseline, budget)]
             if reached:
                 target = min(reached)
-                at_least = any(curve[0][1] >= target for curve in others)
-                found.append(Saving(level, budget, target, speedup(baseline, others, target, log=True), at_least))
+                gain = with_bounds(speedup(baseline, others, target, log=True), baseline, others, target)
+                found.append(Saving(level, budget, target, gain))
     return found
 
 
@@ -137,7 +134,8 @@ def saving_table(scale: Scale, curves: Curves, points: Sequence[Point], axis: st
     lines = [[f"speed-up against {baseline}, in {AXES[axis][0]}", "at", "ratio", "95 % interval", "seeds"], ["---"] * 5]
     for saving in found:
         result = saving.speedup
-        ratio = "not reached" if result.ratio is None else f"{'≥ ' * saving.at_least}{result.ratio:.2f}x"
+        lost = "not by all seeds" if result.seeds != result.of else "with the least budgets"
+        ratio = lost if result.ratio is None else f"{SIGNS[result.bound]}{result.ratio:.2f}x"
         interval = "" if result.low is None or result.high is None else f"{result.low:.2f} to {result.high:.2f}"
         seeds = " and ".join(f"{some} of {all_}" for some, all_ in zip(result.seeds, result.of))
         at = f"{100 * saving.score:.1f} % ({grid[curves.over][saving.budget]['title']})"
@@ -162,7 +160,7 @@ def draw_curves(scale: Scale, curves: Curves, places: Mapping[str, str], path: P
     points = points_of(scale, curves, places)
     if not points:
         return False
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (axis, (unit, scale_of)) in zip(panels, AXES.items()):
@@ -176,7 +174,8 @@ def draw_curves(scale: Scale, curves: Curves, places: Mapping[str, str], path: P
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("accuracy, %")
-    panels[0].legend(frameon=False)
+    # Below both panels: within them it would hide points, wherever it is.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(curves.title)
     figure.savefig(path)
     return True

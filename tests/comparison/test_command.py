@@ -16,7 +16,7 @@ from tests.comparison.made import make_run, plan_in
 from tests.end_to_end.labelled import finetune_here, probe_here, write_classes
 from tests.end_to_end.tiny import run_here
 
-SCORED = ("evaluation.every=0.4", "evaluation.crop_fraction=1.0", "evaluation.knn=[3]", "epochs=1.5")
+SCORED = ("evaluation.every=1", "evaluation.crop_fraction=1.0", "evaluation.knn=[3]", "epochs=1.5")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def runs(tmp_path_factory) -> Path:
     run_here(
         images, root / "first", "tracking.pictures=true", "tracking.picture_samples=1", "data.split=train", *SCORED
     )
-    finetune_here(images, root / "tuned", f"checkpoint={root}/first", "epochs=2")
+    finetune_here(images, root / "tuned", f"checkpoint={root}/first", "epochs=1")
     probe_here(images, root / "near", f"checkpoint={root}/first", "neighbours.k=[3]", "model.pooling=mean", knn=True)
     return root
 
@@ -58,10 +58,11 @@ def test_what_began_with_another_run(runs, capsys):
     assert any("--with-pretraining" in note for note in probe_again.notes)
 
 
-@pytest.fixture
-def pair(tmp_path) -> list[str]:
-    made = [make_run(tmp_path / f"base-s{seed}", {20: 0.5, 40: 0.8 - seed / 10}, f"seed={seed}") for seed in (0, 1)]
-    made += [make_run(tmp_path / "half", {10: 0.6, 20: 0.5}, "target.kind=pixel", until=20, state="running")]
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("pair")
+    made = [make_run(root / f"base-s{seed}", {20: 0.5, 40: 0.8 - seed / 10}, f"seed={seed}") for seed in (0, 1)]
+    made += [make_run(root / "half", {10: 0.6, 20: 0.5}, "target.kind=pixel", until=20, state="failed")]
     return [str(path) for path in made]
 
 
@@ -78,7 +79,7 @@ def test_terminal(pair, capsys):
     assert cells[2][:5] == ["half (unfinished)", "1", "50.00 %", "60.00 %", "80"]
     assert cells[2][-2:] == ["80", "2.83x"]
     assert any(line.split() == ["target.kind", "hog", "pixel"] for line in lines)
-    assert "note: half is running at 50% of its plan, and compared as far as it is." in lines
+    assert "note: half is failed at 50% of its plan, and compared as far as it is." in lines
 
 
 def test_csv(pair, tmp_path, capsys):

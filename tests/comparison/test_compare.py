@@ -13,6 +13,7 @@ from scipy import stats
 from mae_et.comparison.comparing import compare_runs
 from mae_et.comparison.runs import Point
 from mae_et.config import ConfigError
+from mae_et.engine.run_folder import RunFolder
 from tests.comparison.made import checkpoint_of, flops_before, make_run, plan_in
 
 SLOW = {10: 0.2, 20: 0.4, 30: 0.6, 40: 0.8}
@@ -117,11 +118,38 @@ def test_stages_on_the_axis(tmp_path):
 )
 def test_unfinished_runs_compare_as_far_as_they_are(slow, tmp_path, state, status):
     half = make_run(tmp_path / "half", SLOW, PIXEL, until=20, state=state)
-    comparison = compare_runs([slow, half], "images")
+    with RunFolder(half):  # held, as by a run that goes on
+        comparison = compare_runs([slow, half], "images")
     assert comparison.runs[1].status == status
     assert comparison.runs[1].total == 160
     assert comparison.reached[1].costs == (None,)
     assert f"half is {status} at 50% of its plan, and compared as far as it is." in comparison.notes
+
+
+def test_a_run_that_was_killed_does_not_go_on(tmp_path):
+    killed = make_run(tmp_path / "killed", SLOW, until=20, state="running")
+    assert compare_runs([killed]).runs[0].status == "interrupted"  # there is no lock at all
+    with RunFolder(killed):
+        pass
+    assert (killed / ".lock").exists()
+    assert compare_runs([killed]).runs[0].status == "interrupted"
+
+
+def test_runs_that_begin_above_the_score_leave_bounds_or_nothing(slow, tmp_path):
+    high = make_run(tmp_path / "high", {20: 0.9, 40: 0.95}, PIXEL)
+    comparison = compare_runs([slow, high], "images")
+    found = comparison.reached[1].speedup
+    assert (found.ratio, found.low, found.bound) == (2.0, None, "at least")
+    assert any(note.startswith("Above 80.00 % when first scored") for note in comparison.notes)
+    assert compare_runs([high, slow], "images", reach=0.8).reached[1].speedup.bound == "at most"
+    both = compare_runs([slow, high], "images", reach=0.1)
+    assert (both.reached[1].speedup.ratio, both.reached[1].costs) == (None, (160,))
+    alone = make_run(tmp_path / "alone", {40: 0.9}, "epochs=4", until=20)  # never scored
+    (alone / "evaluation.json").write_text(
+        json.dumps({"scores": {"pretrained": {"probe": 0.9}}, "checkpoint_step": 20})
+    )
+    # A score of its own at its end is where it reaches it.
+    assert compare_runs([alone, high], "images").reached[1].speedup.bound == ""
 
 
 def test_a_race_whose_time_is_up_is_complete(tmp_path):
@@ -226,6 +254,7 @@ def test_runs_of_other_pretraining_are_other_groups(tmp_path):
     [
         ({"score": "eval/prob"}, r"--score eval/prob: these runs share .*eval/probe; did you mean 'eval/probe'"),
         ({"baseline": "other"}, "--baseline other: there is no such run or group; there are slow, fast"),
+        ({"score": "train/loss", "reach": 0.5}, "--reach 0.5: losses are compared negated; say --reach=-0.5"),
         ({"reach": 85.0}, "--reach 85: eval/probe is between 0 and 1; say 0.85 for 85 %"),
         ({"axis": "fraction", "with_pretraining": True}, "--with-pretraining: fractions of two runs do not add up"),
     ],
@@ -237,12 +266,12 @@ def test_options_that_cannot_be(slow, fast, options, message):
 
 def test_runs_that_share_no_score_are_listed(slow, tmp_path):
     tuned = make_run(tmp_path / "tuned", SLOW, score="val/top1")
-    unscored = make_run(tmp_path / "unscored", {}, until=3, state="running")
+    unscored = make_run(tmp_path / "unscored", {}, until=3, state="failed")
     with pytest.raises(
         ConfigError, match=r"share no score:\n  slow \(pretrain, complete\): -train/loss, eval/probe\n  tuned"
     ):
         compare_runs([slow, tuned])
-    with pytest.raises(ConfigError, match=r"unscored \(pretrain, running\): -train/loss\nCompare runs"):
+    with pytest.raises(ConfigError, match=r"unscored \(pretrain, failed\): -train/loss\nCompare runs"):
         compare_runs([slow, unscored])
     with pytest.raises(ConfigError, match=r"--score eval/probe: there are runs without it:\n  tuned.*\nLeave them out"):
         compare_runs([slow, tuned], score="eval/probe")
@@ -284,6 +313,28 @@ def test_damaged_files_are_named(tmp_path, file, text):
     (path / file).write_text(text)
     with pytest.raises(ConfigError, match=file):
         compare_runs([path])
+
+
+def test_plans_without_flops_have_other_axes(slow, tmp_path):
+    path = make_run(tmp_path / "unknown", SLOW, PIXEL)
+    plan = json.loads((path / "plan.json").read_text())
+    for stage in plan["stages"]:
+        stage["flops_per_image"] = None
+    (path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=r"unknown: the plan knows no FLOPs: use --axis hours, images or fraction"):
+        compare_runs([slow, path])
+    assert compare_runs([slow, path], "images").reached[1].speedup.ratio == 1
+
+
+def test_a_baseline_is_known_by_its_folder_as_shells_complete_it(slow, fast):
+    assert compare_runs([slow, fast], baseline=f"{fast}/").baseline == "fast"
+
+
+def test_seeds_that_share_their_pretraining_are_said(tuned, tmp_path):
+    first, one = tuned
+    other = make_run(tmp_path / "tuned2", SLOW, "seed=4", score="val/top1", parent=checkpoint_of(first, 20, seed=7))
+    notes = compare_runs([one, other]).notes
+    assert "Runs of tuned began with one network: how they vary says nothing of its own seed." in notes
 
 
 def test_numbers_beyond_floats_and_texts_are_left_out(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_et.comparison.figures import loss_figure, score_figure
 from mae_et.comparison.page import write_page
 from tests.comparison.compared import STAGES, compare, run
 
@@ -172,7 +173,7 @@ def test_pictures_stand_side_by_side_by_bandwidth(made, pictures):
 def test_many_pictures_weigh_no_more(tmp_path):
     Image.new("RGB", (1000, 10)).save(tmp_path / "wide.png")
     many = {f"stage {stage}, B={stage}": tmp_path / "wide.png" for stage in range(72)}
-    _, outline = page(compare(run("mae", (0.5,), pictures=many), target=0.5), tmp_path / "page.html")
+    _, outline = page(compare(run("mae", (0.5,), pictures=many, curves={}), target=0.5), tmp_path / "page.html")
     # Four times 18, so half of 840 px: a quarter of the pixels.
     assert [image["width"] for image in outline.named("img")] == ["420"] * 72
 
@@ -183,7 +184,8 @@ def test_same_comparison_same_bytes(comparison, made, tmp_path):
 
 def test_text_of_users_does_no_harm(comparison, tmp_path):
     evil = replace(comparison.runs[-1], name=EVIL, group=EVIL, path=Path(EVIL), status=EVIL)
-    changed = compare(*comparison.runs[:-1], evil, target=0.8, differences=((EVIL, (EVIL, EVIL, EVIL)),), notes=(EVIL,))
+    others = (replace(other, curves={}) for other in comparison.runs[:-1])
+    changed = compare(*others, evil, target=0.8, differences=((EVIL, (EVIL, EVIL, EVIL)),), notes=(EVIL,))
     text, outline = page(changed, tmp_path / "page.html", command=EVIL)
     assert outline.open == []
     assert not outline.named("script")
@@ -192,10 +194,13 @@ def test_text_of_users_does_no_harm(comparison, tmp_path):
     assert any(EVIL in (attributes["alt"] or "") for attributes in outline.named("img"))
 
 
-def test_dollars_are_no_mathematics(tmp_path):
+def test_dollars_are_no_mathematics():
     """matplotlib would parse $...$, and refuse what is none."""
     odd = run("$\\odd{$", (0.5, 0.8), stages=(replace(STAGES[0], label="$\\odd{$", end=10.0),))
-    page(compare(run("mae", (0.5, 0.8)), odd, target=0.8), tmp_path / "page.html")
+    comparison = compare(run("mae", (0.5, 0.8)), odd, target=0.8)
+    for drawn in (score_figure(comparison), loss_figure(comparison, odd.group)):
+        assert drawn is not None
+        assert drawn.svg.count("$\\odd{$") == 1
 
 
 def test_runs_without_curves_or_pictures(tmp_path):

@@ -98,6 +98,21 @@ def test_what_is_free_has_no_ratio():
     assert sentence == "knn or mae had 80.00 % before it cost anything, so there is no speed-up to tell."
 
 
+def test_bounds_are_told_as_such():
+    high = run("hog", (0.9, 0.95))
+    (sentence,) = said(run("mae", SLOW), high)
+    assert sentence == (
+        "hog reached 80.00 % with at most 0.25 of mae's compute: at least 4.0× less "
+        "(no interval: hog was above it when first scored)."
+    )
+    (sentence,) = said(high, run("mae", SLOW))
+    assert sentence == (
+        "mae needed at least 4.0× hog's compute to reach 80.00 % (no interval: hog was above it when first scored)."
+    )
+    (sentence,) = said(run("mae", SLOW), high, target=0.1)
+    assert sentence == "hog and mae were above 10.00 % when first scored, so there is no speed-up to tell."
+
+
 def test_one_group_is_not_compared():
     (sentence,) = said(*seeds("mae", SLOW, FAST))
     assert sentence.startswith("One group, mae: no costs to compare.")
