@@ -147,7 +147,8 @@ def loss_figure(comparison: Comparison, group: str) -> Drawn | None:
     axes = figure.subplots()
     colour = style_of(index)[0]
     total = max(run.total for run in runs)
-    seeds = [_in_bins(run.curves["train/loss"], stages, total) for run in runs]
+    every = math.ceil(max(len(run.curves["train/loss"]) for run in runs) / _POINTS)
+    seeds = [_in_bins(run.curves["train/loss"], run.stages, every) for run in runs]
     common = [key for key in seeds[0] if all(key in seed for seed in seeds)]
     mean = {key: tuple(np.mean([seed[key] for seed in seeds], axis=0)) for key in common}
     if len(seeds) > 1:
@@ -250,13 +251,13 @@ def _draw_strip(axes: Axes, groups: dict[str, list[ComparedRun]], staged: Sequen
 
 
 def _in_bins(
-    curve: Sequence[tuple[float, float]], stages: Sequence[StageSpan], total: float
+    curve: Sequence[tuple[float, float]], stages: Sequence[StageSpan], every: int
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """Means of (cost, value) by (stage, bin)."""
+    """Means of (cost, value) by (stage, bin) of so many rows, which are of the same steps in every seed."""
     ends = [stage.end * (1 - 1e-9) for stage in stages[:-1]]  # a row at the very end of a stage is that stage's
     bins: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    for cost, value in curve:
-        key = (bisect.bisect_left(ends, cost * (1 - 2e-9)), int(_POINTS * cost / total))
+    for row, (cost, value) in enumerate(curve):
+        key = (bisect.bisect_left(ends, cost * (1 - 2e-9)), row // every)
         bins.setdefault(key, []).append((cost, value))
     return {key: tuple(np.mean(points, axis=0).tolist()) for key, points in sorted(bins.items())}
 

@@ -108,6 +108,16 @@ def test_loss_is_never_averaged_over_a_boundary():
     assert heights[0] != heights[1]
 
 
+def test_seeds_of_unlike_clocks_have_a_mean_loss():
+    """The second seed's hours are twice the first's, so few of their costs are near each other."""
+    losses = [[(pace * step, 1.0) for step in range(1, 11)] for pace in (0.5, 1.0)]
+    seeds = [run(f"a{seed}", (0.5,), "a", seed, curves={"train/loss": curve}) for seed, curve in enumerate(losses)]
+    drawn = loss_figure(compare(*seeds, target=0.5), "a")
+    assert drawn is not None
+    (path,) = re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke-width: 2.2', drawn.svg)
+    assert len(path.strip().splitlines()) == 10
+
+
 def test_first_losses_that_tower_are_told(comparison):
     drawn = loss_figure(comparison, "mae")
     assert drawn is not None
