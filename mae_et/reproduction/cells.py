@@ -98,7 +98,7 @@ def make_all(runs: Sequence[Run], jobs: int, say: Say, launch: Sequence[str] = (
     """Make what is missing of some runs, in their order, each after those whose folders it names.
 
     Args:
-        runs: with the ones that others use before these.
+        runs: with those that others use.
         jobs: how many at a time.
         say, launch: see `make`.
 
@@ -106,6 +106,7 @@ def make_all(runs: Sequence[Run], jobs: int, say: Say, launch: Sequence[str] = (
         RuntimeError: a run failed; those that had begun are waited for, and no other is started.
         ConfigError: a folder was made by another command.
     """
+    missing = {run.folder: run for run in runs if not is_done(run)}
     begun: dict[Path, Future[None]] = {}
 
     def one(run: Run, needed: Sequence[Future[None]]) -> None:
@@ -114,11 +115,19 @@ def make_all(runs: Sequence[Run], jobs: int, say: Say, launch: Sequence[str] = (
         make(run, say, launch)
 
     with ThreadPoolExecutor(jobs) as pool:
+
+        def begin(run: Run) -> None:
+            if run.folder in begun:
+                return
+            # What a run needs begins before it, so that no worker waits for what none has begun.
+            needed = [place for word in run.words if (place := REPOSITORY / word.rpartition("=")[2]) in missing]
+            for place in needed:
+                begin(missing[place])
+            begun[run.folder] = pool.submit(one, run, [begun[place] for place in needed])
+
         try:
-            for run in [run for run in runs if not is_done(run)]:
-                named = [REPOSITORY / word.rpartition("=")[2] for word in run.words]
-                # What a run needs was begun before it, so that no worker waits for what none has begun.
-                begun[run.folder] = pool.submit(one, run, [begun[place] for place in named if place in begun])
+            for run in missing.values():
+                begin(run)
             done, _rest = wait(begun.values(), return_when=FIRST_EXCEPTION)
         finally:
             for future in begun.values():

@@ -63,6 +63,8 @@ def expand(
     Raises:
         ConfigError: a factor or level that the grid lacks, or one that the command has and the name has not.
     """
+    if lacking := {"title", "command"} - set(cell):
+        raise ConfigError(f"{path}: {name} has no {' and no '.join(sorted(lacking))}")
     factors = list(dict.fromkeys(_FACTOR.findall(name)))
     only, skip = cell.get("only") or {}, cell.get("skip") or []
     named = {*only, *itertools.chain.from_iterable(skip)}
