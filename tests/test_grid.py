@@ -131,7 +131,7 @@ def test_speed_up_at_what_all_seeds_of_the_baseline_reach(made):
 
 def test_tables_and_picture(made, tmp_path):
     text = curves_text(made, made.curves[0], {})
-    assert "| MAE | 69.5 ± 0.7 (2, 0.5 min) | 79.5 ± 0.7 (2, 1.0 min) |" in text
+    assert "| MAE | 69.5 ± 0.7 (2, 0.5 core min) | 79.5 ± 0.7 (2, 1.0 core min) |" in text
     assert "| ET++ | 79.0 % (one) | 1.41x |" in text
     assert "| ET++ | 69.0 % (0.5 epochs) | with the least budgets |" in text
     assert "in core minutes" in text

@@ -200,8 +200,9 @@ def _lookup(values: Any, key: str) -> Any:
 class Spent(NamedTuple):
     """What a run's training took.
 
-    `core_minutes` are the minutes times the cores that the process had in the mean, so that other work on the machine
-    hardly changes them. None where they were not kept.
+    `core_minutes` are the minutes times the cores that the last process of the run had in the mean, start-up and scores
+    included, so that other work on the machine hardly changes them. A run that was interrupted for long, or stopped, is
+    better made again. None where they were not kept.
     """
 
     flops: float

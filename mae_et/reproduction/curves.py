@@ -95,7 +95,7 @@ def _cell_text(points: Sequence[Point]) -> str:
     scores, minutes = [point.score for point in points], [point.cost.core_minutes for point in points]
     spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     known = [value for value in minutes if value is not None]
-    took = f", {statistics.fmean(known):.1f} min" if known else ""
+    took = f", {statistics.fmean(known):.1f} core min" if known else ""
     return f"{100 * statistics.fmean(scores):.1f}{spread} ({len(scores)}{took})"
 
 
