@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from mae_et.curriculum.plan import Plan, PlannedStage, StepPlan
-from mae_et.data.randomness import sample_seed
-from mae_et.data.requests import SampleRequest
+from mae_et.data.randomness import sample_seed, sample_seeds
+from mae_et.data.requests import SampleRequest, SampleRequests
 
 
 def pass_order(images: int, seed: int, number: int) -> npt.NDArray[np.int64]:
@@ -33,15 +33,19 @@ class EpochOrder:
         self.images, self.epoch_images, self.seed, self.repeats = images, epoch_images, seed, repeats
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def image_at(self, position: int) -> int:
-        """Image index at a global position among fresh samples (0 is the first sample of the run).
+    def images_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Image indices at global positions among fresh samples (0 is the first sample of the run).
 
         With repeats > 1, so many consecutive positions hold the same image; `PlanSampler` spreads them over the batch.
         """
-        epoch, within = divmod(position, self.epoch_images)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, pass_order(self.images, self.seed, epoch)
-        return int(self._order[within // self.repeats])
+        epochs, within = np.divmod(positions, self.epoch_images)
+        images = np.empty_like(positions)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, pass_order(self.images, self.seed, epoch)
+            here = epochs == epoch
+            images[here] = self._order[within[here] // self.repeats]
+        return images
 
 
 def delivered_steps(stage: PlannedStage, within: int) -> range:
@@ -57,7 +61,7 @@ def delivered_steps(stage: PlannedStage, within: int) -> range:
     return range(fresh * (stage.replay + 1), stage.steps, stage.replay + 1)
 
 
-class PlanSampler(Sampler[list[SampleRequest]]):
+class PlanSampler(Sampler[Sequence[SampleRequest]]):
     """Yields the requests of one rank, one micro-batch at a time, from a step to the end of the plan.
 
     Step s covers the global positions `plan.images_before(s)` and on; micro-batch a of rank r takes a contiguous
@@ -106,7 +110,7 @@ class PlanSampler(Sampler[list[SampleRequest]]):
     def __len__(self) -> int:
         return sum(len(steps) for steps in self._delivered()) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[SampleRequest]]:
+    def __iter__(self) -> Iterator[SampleRequests]:
         for steps in self._delivered():
             for step in steps:
                 for micro in range(self.accumulation):
@@ -119,11 +123,15 @@ class PlanSampler(Sampler[list[SampleRequest]]):
                 steps = delivered_steps(stage, max(0, self.first_step - start))
                 yield range(start + steps.start, start + steps.stop, steps.step)
 
-    def requests(self, step: int, micro: int = 0) -> list[SampleRequest]:
+    def requests(self, step: int, micro: int = 0) -> SampleRequests:
         """Requests of one micro-batch of this rank; the step is a fresh one."""
         now = self.plan.at(step)
         assert now.fresh, f"step {step} replays images, and requests none"
-        return [self._request(now, within) for within in self.places(now, micro)]
+        places = self.places(now, micro)
+        views = np.arange(places.start, places.stop) % self._distinct(now)
+        positions = now.fresh_images + views * self.repeats
+        seeds = sample_seeds(self.seed, now.images_seen + places.start, len(places))
+        return SampleRequests(self.images_at(positions), now.bandwidth, now.magnitude, seeds)
 
     def places(self, now: StepPlan, micro: int = 0) -> range:
         """Places of one micro-batch of this rank in the batch of all ranks and micro-batches."""
@@ -137,13 +145,12 @@ class PlanSampler(Sampler[list[SampleRequest]]):
 
     def view_of(self, now: StepPlan, within: int) -> int:
         """The first place in the batch that shows the same image as this one; itself without repeats."""
-        return within % (now.batch // self.repeats)
+        return within % self._distinct(now)
 
-    def image_at(self, position: int) -> int:
-        """Image index at a global position among fresh samples."""
-        return self._order.image_at(position)
+    def _distinct(self, now: StepPlan) -> int:
+        """Images in the batch of all ranks and micro-batches, views of one counted once."""
+        return now.batch // self.repeats
 
-    def _request(self, now: StepPlan, within: int) -> SampleRequest:
-        """The sample at a place in the batch of all ranks and micro-batches."""
-        position = now.fresh_images + self.view_of(now, within) * self.repeats
-        return SampleRequest(self.image_at(position), now.bandwidth, now.magnitude, self.seed_at(now, within))
+    def images_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Image indices at global positions among fresh samples."""
+        return self._order.images_at(positions)

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_et.curriculum.plan import Plan
-from mae_et.data.requests import SampleRequest
+from mae_et.data.requests import SampleRequests
 from mae_et.data.sampler import PlanSampler, pass_order
 
 Floats = npt.NDArray[np.float32]
@@ -137,9 +137,9 @@ class Passes:
             weights = np.ones_like(weights)
         self.enter(Pass(number, step, weights))
 
-    def image_at(self, position: int) -> int:
-        """Image index at a global sample position, which is one of the running pass."""
-        return int(self._order[position - self.plan.images_before(self.running.first_step)])
+    def images_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Image indices at global sample positions, which are of the running pass."""
+        return self._order[positions - self.plan.images_before(self.running.first_step)]
 
     def made(self, step: int) -> float:
         """Passes made before a step of the running one, or its end."""
@@ -165,11 +165,11 @@ class PassSampler(PlanSampler):
     def __len__(self) -> int:
         return (self.passes.end - self.first_step) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[SampleRequest]]:
+    def __iter__(self) -> Iterator[SampleRequests]:
         for step in range(self.first_step, self.passes.end):
             for micro in range(self.accumulation):
                 yield self.requests(step, micro)
 
-    def image_at(self, position: int) -> int:
-        """Image index at a global position of the running pass."""
-        return self.passes.image_at(position)
+    def images_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Image indices at global positions of the running pass."""
+        return self.passes.images_at(positions)

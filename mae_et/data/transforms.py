@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mae_et.data.randomness import CROP_STREAM, uniform_stream
-from mae_et.data.requests import SampleRequest
+from mae_et.data.batched import can_resize, resize_boxes
+from mae_et.data.randomness import CROP_STREAM, uniform_stream, uniform_table
+from mae_et.data.requests import SampleRequest, SampleRequests
 
 METHODS = ("resize", "lanczos", "fourier", "fourier_pixel0", "bilinear", "nearest")
+
+TRIES_AT_ONCE = 3  # of a box; hardly an image needs more
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -82,7 +86,16 @@ class CropTransform:
             uint8 [C, h, w], contiguous; (h, w) = `request.size`, or `final_size` for the Fourier methods.
         """
         (top, left, height, width), mirrored = self.draw(image.shape[1], image.shape[2], request.seed)
-        crop = image[:, top : top + height, left : left + width]
+        return self.of_crop(image[:, top : top + height, left : left + width], request, mirrored, augment)
+
+    def of_crop(
+        self,
+        crop: torch.Tensor,
+        request: SampleRequest,
+        mirrored: bool,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> torch.Tensor:
+        """Return the view that a call returns, of a crop box that is cut out already; arguments as of a call."""
         if self.method == "lanczos":
             return _two_steps_in_pil(crop, self.final_size, request.size, mirrored, augment)
         view = bicubic(crop, request.size if self.method == "resize" else self.final_size)
@@ -90,10 +103,31 @@ class CropTransform:
             view = view.flip(-1)
         if augment is not None:
             view = from_pil(augment(to_pil(view)))
-        if self.method in ("bilinear", "nearest") and request.size != self.final_size:
-            mode = "bilinear" if self.method == "bilinear" else "nearest-exact"
-            view = F.interpolate(view[None], size=request.size, mode=mode)[0]
-        return view
+        return self._sampled(view[None], request.size)[0]
+
+    def many(self, images: torch.Tensor, requests: SampleRequests) -> torch.Tensor:
+        """Return what the calls return, one view for each image, in one call where there is one for such images.
+
+        Args:
+            images: uint8 [N, C, H, W] with C = 1 or 3.
+            requests: N of them.
+
+        Returns:
+            uint8 [N, C, h, w], contiguous.
+        """
+        size = requests.size if self.method == "resize" else self.final_size
+        height, width = images.shape[2:]
+        if self.method == "lanczos" or not can_resize(height, width, size):
+            return torch.stack([self(image, request) for image, request in zip(images, requests)])
+        boxes, mirrored = self.draw_many(height, width, requests.seeds)
+        views = torch.from_numpy(resize_boxes(images.numpy(), boxes, mirrored, size))
+        return self._sampled(views, requests.size)
+
+    def _sampled(self, views: torch.Tensor, size: Size) -> torch.Tensor:
+        """The second step of the methods that sample."""
+        if self.method not in ("bilinear", "nearest") or size == self.final_size:
+            return views
+        return F.interpolate(views, size=size, mode="bilinear" if self.method == "bilinear" else "nearest-exact")
 
     def draw(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
         """Draw the crop box (top, left, height, width) in px and whether to mirror, for an image of a given size.
@@ -118,6 +152,28 @@ class CropTransform:
         box_width = min(width, max(1, round(height * self.ratio[1])))
         return ((height - box_height) // 2, (width - box_width) // 2, box_height, box_width), mirrored
 
+    def draw_many(
+        self, height: int, width: int, seeds: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Draw for many images of one size, with the numbers of `draw`: boxes [N, 4] and whether to mirror, [N]."""
+        draws = uniform_table(seeds, 3 + 2 * TRIES_AT_ONCE, CROP_STREAM)
+        low_area, high_area = self.scale[0] * height * width, self.scale[1] * height * width
+        low_ratio, high_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
+        area = low_area + (high_area - low_area) * draws[:, 1:-2:2]
+        aspect = low_ratio + (high_ratio - low_ratio) * draws[:, 2:-2:2]
+        # Not NumPy's exponential, whose last bit depends on the processor.
+        aspect = np.array([math.exp(x) for x in aspect.ravel().tolist()]).reshape(aspect.shape)
+        box_width, box_height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+        sample, trial = np.arange(len(seeds)), fits.argmax(1)
+        box_height, box_width = box_height[sample, trial], box_width[sample, trial]
+        top = np.floor(draws[sample, 3 + 2 * trial] * (height - box_height + 1))
+        left = np.floor(draws[sample, 4 + 2 * trial] * (width - box_width + 1))
+        boxes = np.stack([top, left, box_height, box_width], 1).astype(np.int64)
+        for i in np.flatnonzero(~fits.any(1)):
+            boxes[i] = self.draw(height, width, int(seeds[i]))[0]
+        return boxes, (draws[:, 0] < 0.5) & self.flip
+
 
 class EvalTransform:
     """Resize the short side to `size / crop_fraction` (antialiased bicubic) and cut the centre.
@@ -135,16 +191,20 @@ class EvalTransform:
 
     def __call__(self, image: torch.Tensor, request: SampleRequest | None = None) -> torch.Tensor:
         """Return uint8 [C, *size] of uint8 [C, H, W]; the request is taken for the loader's sake and not used."""
-        height, width = image.shape[1:]
+        return self.many(image[None])[0]
+
+    def many(self, images: torch.Tensor, requests: SampleRequests | None = None) -> torch.Tensor:
+        """Return uint8 [N, C, *size] of uint8 [N, C, H, W], what calls return one by one."""
+        height, width = images.shape[2:]
         cover_height, cover_width = (round(side / self.crop_fraction) for side in self.size)
         if cover_height * width >= cover_width * height:
             resized = (cover_height, cover_height * width // height)
         else:
             resized = (cover_width * height // width, cover_width)
         if resized != (height, width):
-            image = bicubic(image, resized)
+            images = F.interpolate(images, size=resized, mode="bicubic", antialias=True)
         top, left = (round((full - kept) / 2) for full, kept in zip(resized, self.size))
-        return image[:, top : top + self.size[0], left : left + self.size[1]].contiguous()
+        return images[:, :, top : top + self.size[0], left : left + self.size[1]].contiguous()
 
 
 def bicubic(image: torch.Tensor, size: Size) -> torch.Tensor:

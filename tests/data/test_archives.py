@@ -33,11 +33,14 @@ def test_array_source(stored, asked):
     else:
         expected = np.repeat(images[2], 3 // stored if asked else 1, 2)
     assert np.array_equal(pixels, expected)
+    indices = np.array([2, 0, 2])
+    assert torch.equal(source.take(indices), torch.stack([source.image(i) for i in indices.tolist()]))
 
 
 def test_changing_an_image_does_not_change_the_source():
     source = ArraySource(np.zeros((1, 2, 2, 1), np.uint8), [0], "x", channels=3)
     source.image(0).fill_(9)
+    source.take(np.array([0]))[:, 0].fill_(9)
     assert source.image(0).sum() == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -223,8 +224,22 @@ def fail(source: Memory, workers: int, timeout: float = 0, look: Callable[[int, 
                 look(number, pids)
     assert len(pids) == workers
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert str(caught.value).endswith("the same command then continues a run from its last checkpoint")
-    return str(caught.value)
+    said = str(caught.value)
+    del caught
+    gc.collect()  # a socket left open is closed here, and not in another test: see `may_leave_a_socket`
+    assert said.endswith("the same command then continues a run from its last checkpoint")
+    return said
+
+
+@pytest.fixture
+def handed_over(request, monkeypatch) -> None:
+    """How workers hand images over, "pipe" or "shared memory"; they inherit it."""
+    monkeypatch.setattr("mae_et.data.loader.INLINE_BYTES", {"pipe": 1 << 20, "shared memory": 0}[request.param])
+
+
+# Torch tells of a death from its handler of SIGCHLD, which may raise while a tensor's file is taken over from a worker:
+# between the socket's making and the `with` that closes it. Then Python's garbage collection does, and says so.
+may_leave_a_socket = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 def kill_self() -> None:
@@ -235,6 +250,7 @@ def hang() -> None:
     os.read(os.pipe()[0], 1)  # as a read from a share whose server is gone
 
 
+@may_leave_a_socket
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -243,20 +259,24 @@ def hang() -> None:
         (lambda: os.kill(os.getpid(), signal.SIGBUS), r"signal 7 \(Bus error\); shared memory has run out"),
     ],
 )
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "handed_over"), [(1, "pipe"), (2, "shared memory")], indirect=["handed_over"])
+@pytest.mark.usefixtures("handed_over")
 def test_a_worker_that_dies_at_work_is_named(capfd, how, said, workers):
     assert re.search(said, fail(Memory(600, stop_at(200, how)), workers, timeout=60))
     capfd.readouterr()  # torch's own words on stderr
 
 
-@pytest.mark.parametrize("trial", range(6))
+@may_leave_a_socket
+@pytest.mark.parametrize("handed_over", ["pipe", "shared memory"], indirect=True)
+@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.usefixtures("handed_over")
 def test_a_worker_that_is_killed_at_any_moment_is_named(trial):
     """While it hands over, mostly: reads take no time here. Torch raises RuntimeError or ConnectionResetError."""
     started: list[threading.Timer] = []
 
     def look(number: int, pids: list[int]) -> None:
         if number == 0:
-            started.append(threading.Timer(0.003 * trial, os.kill, (pids[trial % 2], signal.SIGKILL)))
+            started.append(threading.Timer(0.006 * trial, os.kill, (pids[trial % 2], signal.SIGKILL)))
             started[0].start()
         time.sleep(0.002)
 
@@ -264,6 +284,7 @@ def test_a_worker_that_is_killed_at_any_moment_is_named(trial):
     started[0].join()
 
 
+@may_leave_a_socket
 def test_a_worker_that_is_killed_while_the_model_computes_is_named():
     def look(number: int, pids: list[int]) -> None:
         if number == 3:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mae_et.data.randomness import CROP_STREAM, _stream_key, mix64, sample_seed, uniform_stream, uniforms
+from mae_et.data.randomness import (
+    CROP_STREAM,
+    _stream_key,
+    mix64,
+    sample_seed,
+    sample_seeds,
+    uniform_stream,
+    uniform_table,
+    uniforms,
+)
 
 
 def test_the_stream_is_splitmix64():
@@ -53,3 +62,18 @@ def test_uniforms_are_the_head_of_the_stream():
     stream = uniform_stream(42, 5)
     assert uniforms(42, 6, 5) == [next(stream) for _ in range(6)]
     assert uniforms(42, 6, 5) != uniforms(42, 6, 4)
+
+
+@pytest.mark.parametrize("run_seed", [0, 1, 2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("first", [0, 1, 10**6, 2**53 + 1])
+def test_the_seeds_of_a_batch_are_those_of_its_samples(run_seed, first):
+    seeds = sample_seeds(run_seed, first, 50)
+    assert seeds.dtype == np.int64
+    assert seeds.tolist() == [sample_seed(run_seed, position) for position in range(first, first + 50)]
+
+
+@pytest.mark.parametrize("stream", [0, CROP_STREAM, 17])
+def test_the_numbers_of_a_batch_are_those_of_its_samples(stream):
+    seeds = np.array([0, 1, 2**63 - 1, *sample_seeds(3, 0, 100)])
+    table = uniform_table(seeds, 9, stream)
+    assert table.tolist() == [uniforms(seed, 9, stream) for seed in seeds.tolist()]

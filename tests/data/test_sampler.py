@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mae_et.curriculum import Curriculum
-from mae_et.data.sampler import PlanSampler
+from mae_et.data.randomness import sample_seed
+from mae_et.data.sampler import PlanSampler, pass_order
 
 
 def make_plan(images=50, batch=8, epochs=4.0, drop_last=True):
@@ -77,6 +78,22 @@ def test_without_repeats_a_pass_is_a_philox_permutation():
     for epoch in range(len(samples) // 48):
         order = np.random.Generator(np.random.Philox(key=[9, epoch])).permutation(50)[:48]
         assert samples[48 * epoch : 48 * (epoch + 1)] == order.tolist()
+
+
+@pytest.mark.parametrize(("images", "batch"), [(50, 8), (50, 12), (20, 12), (5, 12)])
+def test_requests_are_those_of_the_definition(images, batch):
+    """One position after the other; small sets are passed through more than once in a batch."""
+    sampler = PlanSampler(make_plan(images, batch, epochs=8.0, drop_last=False), seed=4)
+    position = 0
+    for step, requests in enumerate(sampler):
+        now = sampler.plan.at(step)
+        for request in requests:
+            number, within = divmod(position, images)
+            assert request.image == pass_order(images, 4, number)[within]
+            assert request.seed == sample_seed(4, position)
+            assert (request.size, request.magnitude) == (now.bandwidth, now.magnitude)
+            position += 1
+    assert position == sampler.plan.total_images
 
 
 # Repeated augmentation
