@@ -142,8 +142,11 @@ class FileSource:
 
         Other faults of the disk or the network raise OSError: they say nothing about the image.
         """
-        name = self.describe(i)
-        return decode_image(read_image(self.path(i), name), name, self.channels, self.max_pixels)
+        return decode_image(self.read(i), self.describe(i), self.channels, self.max_pixels)
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image `i`; raises as `image` does, but for damaged ones."""
+        return read_image(self.path(i), self.describe(i))
 
     def label(self, i: int) -> int:
         """Return the class number of image `i`, -1 for none."""

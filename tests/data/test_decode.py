@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from torchvision.io import decode_jpeg
 
 from mae_et.data import decode
-from mae_et.data.decode import ImageError, decode_image
+from mae_et.data.decode import ImageError, decode_image, read_jpeg_header
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -106,6 +106,39 @@ def test_photos_decode_as_pil_does(shared_data):
         grey = hwc(decode_image(data, str(file), channels=1))
         # The JPEG's own Y against PIL's luma of clipped RGB: they part only where a colour is out of range.
         assert np.abs(grey[..., 0] - np.asarray(expected.convert("L"))).mean() < 0.5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"icc_profile": bytes(70_000)}]
+)
+def test_header_of_a_plain_jpeg(mode, options):
+    header = read_jpeg_header(encode(gradient(300, 513).convert(mode), "JPEG", **options))
+    assert header is not None
+    assert (header.width, header.height, header.upright) == (513, 300, True)
+
+
+@pytest.mark.parametrize(("orientation", "upright"), [(1, True), (3, False), (6, False), (0, False)])
+def test_header_tells_whether_the_image_is_turned(orientation, upright):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    exif[ExifTags.Base.Orientation] = orientation
+    header = read_jpeg_header(encode(gradient(), "JPEG", exif=exif))
+    assert header is not None
+    assert header.upright is upright
+
+
+def test_what_is_no_plain_jpeg_has_no_header():
+    plain = encode(gradient(), "JPEG")
+    at = plain.index(b"\xff\xc0")
+    others = [
+        plain[:at] + change + plain[at + len(change) :]
+        for change in (b"\xff\xc9", b"\xff\xc0\x00\x11\x0c", b"\xff\xd9")
+    ]
+    for data in [encode(gradient(), "PNG"), encode(gradient().convert("CMYK"), "JPEG"), plain[: at + 9], b"", *others]:
+        assert read_jpeg_header(data) is None
+    assert read_jpeg_header(plain, max_pixels=48 * 64) is not None
+    assert read_jpeg_header(plain, max_pixels=48 * 64 - 1) is None
 
 
 def test_cmyk_jpeg():
