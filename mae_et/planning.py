@@ -22,7 +22,7 @@ from mae_et.curriculum import (
 )
 from mae_et.curriculum.budget import LONG, Budget, PlanOf, epochs_for, parse_budget
 from mae_et.curriculum.calibration import Calibration
-from mae_et.curriculum.cost import CostModel
+from mae_et.curriculum.cost import CostModel, CrossDecoderShape
 from mae_et.curriculum.stage import as_size, format_size, replace_stage, stage_in_proportion
 from mae_et.sizes import ENCODER_SIZES, EncoderSize, TargetKind, hog_cell, target_values
 
@@ -67,6 +67,24 @@ def peak_learning_rate(config: PretrainConfig) -> float:
     return config.optim.lr or config.optim.base_lr * config.optim.batch / 256
 
 
+def decoder_shape(config: PretrainConfig) -> TransformerShape | CrossDecoderShape:
+    """The decoder's blocks in plain numbers.
+
+    Raises:
+        ConfigError: a part of the masked patches is to be predicted by MAE's decoder.
+    """
+    model = config.model
+    if model.decoder == "crossmae":
+        return CrossDecoderShape(model.decoder_width, model.decoder_depth, model.mlp_ratio, model.inter_block)
+    if model.prediction_ratio is not None:
+        raise ConfigError(
+            f"model.prediction_ratio={model.prediction_ratio} needs model.decoder=crossmae: in MAE's decoder masked "
+            "patches attend to each other, so that leaving some out changes what the others are given; set it to null "
+            "or change the decoder"
+        )
+    return TransformerShape(model.decoder_width, model.decoder_depth, model.mlp_ratio)
+
+
 def model_cost(config: PretrainConfig) -> MAECost:
     """Multiply-adds of the configured model by the geometry of a stage."""
     model, size = config.model, encoder_size(config)
@@ -74,9 +92,10 @@ def model_cost(config: PretrainConfig) -> MAECost:
     values = target_values(kind, model.patch_size, config.data.channels, config.target.cell, config.target.bins)
     return MAECost(
         encoder=TransformerShape(size.width, size.depth, model.mlp_ratio),
-        decoder=TransformerShape(model.decoder_width, model.decoder_depth, model.mlp_ratio),
+        decoder=decoder_shape(config),
         patch_values=config.data.channels * model.patch_size**2,
         target_values=values,
+        prediction_ratio=model.prediction_ratio,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from mae_et.calibration import calibration_records, settle_calibration
 from mae_et.config import ConfigError, PretrainConfig
 from mae_et.curriculum.time_table import time_table
-from mae_et.data.loader import RequestDataset
+from mae_et.data.scaled import build_dataset
 from mae_et.data.sources import Source
 from mae_et.data.splits import hold_out
 from mae_et.data.transforms import CropTransform
@@ -64,6 +64,9 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
             positions=model.positions,  # pyright: ignore[reportArgumentType]
             mean=config.data.mean,
             std=config.data.std,
+            decoder=model.decoder,  # pyright: ignore[reportArgumentType]
+            prediction_ratio=model.prediction_ratio,
+            inter_block=model.inter_block,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -124,6 +127,8 @@ def build_state(config: PretrainConfig, ranks: Ranks) -> TrainState:
     if wanted == "always" or (wanted == "auto" and ranks.device.type == "cuda"):
         for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
+        if ranks.device.type == "cuda":
+            model.compile_targets()
     precision = Precision.choose(config.engine.precision, ranks.device)
     choose_attention(model, precision)
     # The main rank alone looks at it.
@@ -174,7 +179,7 @@ def rehearse(config: PretrainConfig, source: Source | None, ranks: Ranks) -> Ass
     return Assembly(
         title=f"{config.model.name}, target {config.target.kind}, on {source.name}",
         plan=build_plan(trial_config(config), len(source), ranks.count),
-        dataset=RequestDataset(source, build_transform(config), replace=True),
+        dataset=build_dataset(source, build_transform(config), config.data.decoder, replace=True),
         task=Reconstruction(downsample_on_device(config.data.downsample)),
         state=build_state(config, ranks),
         observers=[],
@@ -202,7 +207,7 @@ def pretrain(
         plan = build_plan(config, len(source), ranks.count, calibration)
         if calibration is not None:
             quiet(time_table(plan, calibration))
-        dataset = RequestDataset(source, build_transform(config), replace=True)
+        dataset = build_dataset(source, build_transform(config), config.data.decoder, replace=True)
         state = build_state(config, ranks)
         drop_last = config.curriculum.drop_last
         state.selection = choose_selection(config.selection, plan, config.seed, drop_last=drop_last)

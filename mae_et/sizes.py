@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import ceil
 from typing import Literal, NamedTuple, get_args
 
 TargetKind = Literal["hog", "pixel", "norm_pixel"]
+DecoderKind = Literal["mae", "crossmae"]
 
 
 class EncoderSize(NamedTuple):
@@ -50,3 +53,17 @@ def target_values(kind: TargetKind, patch_size: int, channels: int, cell: int | 
     if kind == "hog":
         return channels * bins * (patch_size // hog_cell(patch_size, cell)) ** 2
     return channels * patch_size**2
+
+
+def predicted_patches(tokens: int, visible: int, prediction_ratio: float | None = None) -> int:
+    """How many masked patches of an image are predicted: ceil(tokens * prediction_ratio), no more than are masked.
+
+    The ratio is CrossMAE's (arXiv 2401.14391), of all patches: its 0.25 is 49 of 196, a third of those that a mask
+    ratio of 0.75 hides. Rounded up as in its released code, in exact arithmetic.
+
+    Args:
+        tokens, visible: patches of the image, and those that the encoder sees.
+        prediction_ratio: in (0, 1]; None predicts all that are masked.
+    """
+    masked = tokens - visible
+    return masked if prediction_ratio is None else min(masked, ceil(tokens * Fraction(str(prediction_ratio))))

@@ -24,7 +24,7 @@ class DataConfig:
     """Where images come from and how a worker crops them."""
 
     source: str = "imagenet1k"  # one of SOURCES
-    root: str | None = None  # folder or list file; null takes the source's usual place
+    root: str | None = None  # folder, list file, or URL of a packed store; null takes the source's usual place
     split: str = "train"
     images: int | None = None  # number of images, for `plan` without the data; null counts them
     download: bool = True
@@ -36,6 +36,7 @@ class DataConfig:
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # aspect of RandomResizedCrop
     flip: bool = True
     downsample: str = "resize"  # resize, lanczos, fourier, fourier_pixel0, bilinear, nearest
+    decoder: str = "torchvision"  # torchvision; turbojpeg: the crop alone; turbojpeg_scaled: at 1/2 to 1/8 where it can
     max_pixels: int = 100_000_000  # larger images are refused from their header
     max_bad: float = 0.01  # share of the images that may be unreadable; they are replaced, and listed in the run folder
     workers: int | None = None  # processes per rank; null chooses by device and cores
@@ -44,6 +45,7 @@ class DataConfig:
     CHOICES: ClassVar[Choices] = {
         "source": SOURCES,
         "downsample": ("resize", "lanczos", "fourier", "fourier_pixel0", "bilinear", "nearest"),
+        "decoder": ("torchvision", "turbojpeg", "turbojpeg_scaled"),
     }
     RANGES: ClassVar[Ranges] = {
         "images": (1, math.inf, True),
@@ -66,14 +68,18 @@ class ModelConfig:
     depth: int | None = None
     heads: int | None = None
     mlp_ratio: float = 4.0
+    decoder: str = "mae"  # mae, crossmae: masked patches attend to encoded ones alone (arXiv 2401.14391)
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    inter_block: bool = True  # of crossmae: decoder blocks attend to mixtures of what all encoder blocks give
+    prediction_ratio: float | None = None  # of crossmae: share of all patches that is predicted; null: all masked ones
     positions: str = "from_final"  # from_final, native, interp
     locality: bool = False  # of supervised training alone: true is refused here, with the reason
 
     CHOICES: ClassVar[Choices] = {
         "name": ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"),
+        "decoder": ("mae", "crossmae"),
         "positions": ("from_final", "native", "interp"),
     }
     RANGES: ClassVar[Ranges] = {
@@ -85,6 +91,7 @@ class ModelConfig:
         "decoder_width": (4, math.inf, True),
         "decoder_depth": (1, math.inf, True),
         "decoder_heads": (1, math.inf, True),
+        "prediction_ratio": (0, 1, False),
     }
 
 

@@ -12,7 +12,7 @@ Choices = dict[str, tuple[str, ...]]
 
 SOURCES = (
     *("folder", "list", "fashion_mnist", "cifar10", "cifar100", "flowers102"),
-    *("stanford_dogs", "food101", "nabirds", "imagenet1k", "imagenet22k"),
+    *("stanford_dogs", "food101", "nabirds", "imagenet1k", "imagenet22k", "packed"),
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mae_et.curriculum.stage import as_size, format_size
+from mae_et.sizes import predicted_patches
 
 TRAINING_FLOPS_PER_MULTIPLY_ADD = 6
 """One forward and a backward of twice its cost, 2 FLOPs a multiply-add."""
@@ -84,34 +85,64 @@ class TransformerShape:
 
 
 @dataclass(frozen=True)
+class CrossDecoderShape:
+    """Size of a stack of cross-attention blocks, in plain numbers.
+
+    Attributes:
+        width, depth, mlp_ratio: of the blocks.
+        inter_block: whether each block mixes the encoder's levels: its input and what each of its blocks gives.
+    """
+
+    width: int
+    depth: int
+    mlp_ratio: float = 4.0
+    inter_block: bool = True
+
+    def multiply_adds(self, queries: int, keys: int, encoder: TransformerShape) -> int:
+        """Multiply-adds of the blocks for tokens that query, and those of the encoder that they attend to."""
+        linear = 2 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio)
+        source = 2 * encoder.width * self.width + self.inter_block * (1 + encoder.depth) * encoder.width
+        attention = 2 * queries * keys * self.width
+        return self.depth * (queries * linear + keys * source + attention)
+
+
+@dataclass(frozen=True)
 class MAECost:
     """Multiply-adds of a masked autoencoder's forward pass on one image.
 
-    Counted: patch embedding and encoder blocks on visible patches and the class token, decoder on all patches and
-    the class token, prediction head on masked patches. Left out, as below 1 %: LayerNorm, biases, softmax, GELU and
-    the making of the target.
+    Counted: patch embedding and encoder blocks on visible patches and the class token; MAE's decoder on all patches
+    and the class token, or a cross-attention decoder on predicted patches, with keys and values of encoded ones;
+    prediction head on predicted patches. Left out, as below 1 %: LayerNorm, biases, softmax, GELU and the making of
+    the target.
 
     Attributes:
         encoder: encoder blocks.
         decoder: decoder blocks.
         patch_values: values in an input patch, C * p^2.
         target_values: values predicted per patch.
+        prediction_ratio: share of all patches that is predicted; None predicts all that are masked.
     """
 
     encoder: TransformerShape
-    decoder: TransformerShape
+    decoder: TransformerShape | CrossDecoderShape
     patch_values: int
     target_values: int
+    prediction_ratio: float | None = None
     unit = "multiply-adds"
 
     def __call__(self, geometry: Geometry) -> float:
         encoded = geometry.visible + 1
+        predicted = predicted_patches(geometry.tokens, geometry.visible, self.prediction_ratio)
+        if isinstance(self.decoder, CrossDecoderShape):
+            decoder = self.decoder.multiply_adds(predicted, encoded, self.encoder)
+        else:
+            embedding = encoded * self.encoder.width * self.decoder.width
+            decoder = embedding + self.decoder.multiply_adds(geometry.tokens + 1)
         return float(
             geometry.visible * self.patch_values * self.encoder.width
             + self.encoder.multiply_adds(encoded)
-            + encoded * self.encoder.width * self.decoder.width
-            + self.decoder.multiply_adds(geometry.tokens + 1)
-            + geometry.masked * self.decoder.width * self.target_values
+            + decoder
+            + predicted * self.decoder.width * self.target_values
         )
 
 

@@ -88,7 +88,8 @@ class PictureObserver:
         images = self.prepare(torch.stack(views).to(device), stage.bandwidth)
         seeds = torch.tensor([request.seed for request in requests], device=device)
         with self.precision.autocast():
-            output = model(images, mask_noise(seeds, stage.visible + stage.masked), stage.visible)
+            noise = mask_noise(seeds, stage.visible + stage.masked)
+            output = model(images, noise, stage.visible, predict_all=True)
         names = [printable(self.source.describe(index)) for index, _ in samples]
         title = f"{stage.name}, {stage.visible} of {stage.visible + stage.masked} patches visible"
         if model.target == "hog":
@@ -107,7 +108,7 @@ def shown(images: Tensor) -> np.ndarray:
 
 
 def in_place(values: Tensor, ids: Tensor, tokens: int) -> Tensor:
-    """Values [N, M, D] of patches at ids [N, M], put where they belong among [N, tokens, D]; the rest is 0."""
+    """Values [N, P, D] of patches at ids [N, P], put where they belong among [N, tokens, D]; the rest is 0."""
     whole = values.new_zeros(len(values), tokens, values.shape[2])
     return whole.scatter_(1, ids[:, :, None].expand_as(values), values)
 
@@ -124,7 +125,7 @@ def hog_samples(
     """What a HOG panel shows, one sample an image."""
     tokens = grid[0] * grid[1]
     target = model.targets(images).cpu().numpy()
-    prediction = in_place(output.prediction, output.masked_ids, tokens).cpu().numpy()
+    prediction = in_place(output.prediction, output.predicted_ids, tokens).cpu().numpy()
     mask, pixels = masks(output, grid), shown(images)
 
     def cells(values: np.ndarray) -> np.ndarray:
@@ -137,7 +138,7 @@ def pixel_samples(
     model: MaskedAutoencoder, images: Tensor, output: MAEOutput, grid: tuple[int, int], names: list[str]
 ) -> list[PixelSample]:
     """What a pixel panel shows; normalised patches get the mean and deviation of the true ones back."""
-    patches = in_place(output.prediction, output.masked_ids, grid[0] * grid[1])
+    patches = in_place(output.prediction, output.predicted_ids, grid[0] * grid[1])
     normalised = model.normalise(images)
     if model.target == "norm_pixel":
         truth = patchify(normalised, model.patch_size)

@@ -90,12 +90,13 @@ class Encoder(nn.Module):
             self._positions_by_grid[grid] = known
         return known
 
-    def forward(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, visible_ids: Tensor | None = None, levels: list[Tensor] | None = None) -> Tensor:
         """Normalised features of the class token and of patches.
 
         Args:
             images: normalised float [N, C, H, W]; H and W are multiples of the patch.
             visible_ids: int64 [N, V], patches to encode; None encodes all.
+            levels: takes 1 + depth tensors as the result: what each block is given, and the result itself.
 
         Returns:
             [N, 1 + V, D], the class token first.
@@ -111,5 +112,10 @@ class Encoder(nn.Module):
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x.to(cls.dtype)], dim=1)
         for block in self.blocks:
+            if levels is not None:
+                levels.append(x)
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        if levels is not None:
+            levels.append(x)
+        return x

@@ -8,22 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae_et.models.cross_decoder import CrossDecoder
 from mae_et.models.decoder import Decoder
 from mae_et.models.encoder import Encoder
 from mae_et.models.masking import gather_tokens, split_by_noise
 from mae_et.models.normalised import pixel_statistics
 from mae_et.models.posembed import PositionKind, sincos_positions
 from mae_et.models.targets import make_targets
-from mae_et.sizes import TargetKind, target_values
+from mae_et.sizes import DecoderKind, TargetKind, predicted_patches, target_values
 
 
 class MAEOutput(NamedTuple):
     """Result of one forward pass.
 
     Attributes:
-        loss: float32 scalar, mean squared error over masked patches and their values.
-        prediction, target: float32 [N, M, values], in the order of `masked_ids`.
+        loss: float32 scalar, mean squared error over predicted patches and their values.
+        prediction, target: float32 [N, P, values], in the order of `predicted_ids`.
         visible_ids, masked_ids: int64 [N, V] and [N, M].
+        predicted_ids: int64 [N, P], the first of `masked_ids`; all of them unless the model has a prediction ratio.
     """
 
     loss: Tensor
@@ -31,6 +33,7 @@ class MAEOutput(NamedTuple):
     target: Tensor
     visible_ids: Tensor
     masked_ids: Tensor
+    predicted_ids: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -47,10 +50,15 @@ class MaskedAutoencoder(nn.Module):
         bins: HOG orientations.
         positions: kind of positions at grids other than the final one.
         mean, std: per channel, for pixels in [0, 1]; None takes ImageNet's for 3 channels, else 0.5 and 0.25.
+        decoder: "mae" is `Decoder`, "crossmae" is `CrossDecoder`.
+        prediction_ratio: share of all patches that training predicts (see `predicted_patches`); None predicts all
+            that are masked.
+        inter_block: of `CrossDecoder`.
 
     Raises:
-        ValueError: unknown target or positions, a size that the patch or a patch that the cell does not divide, or a
-            mean or std that is not one number per channel.
+        ValueError: unknown target or positions, a size that the patch or a patch that the cell does not divide, a
+            mean or std that is not one number per channel, or a prediction ratio for MAE's decoder, whose masked
+            patches attend to each other: to leave some out in training would change what the others are given.
     """
 
     mean: Tensor
@@ -74,8 +82,14 @@ class MaskedAutoencoder(nn.Module):
         positions: PositionKind = "from_final",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        decoder: DecoderKind = "mae",
+        prediction_ratio: float | None = None,
+        inter_block: bool = True,
     ):
         super().__init__()
+        if prediction_ratio is not None and decoder == "mae":
+            raise ValueError(f"prediction_ratio={prediction_ratio} needs the decoder crossmae, and this one is mae")
+        self.prediction_ratio = prediction_ratio
         self.patch_size, self.channels, self.bins = patch_size, channels, bins
         self.target: TargetKind = target
         self.cell = cell
@@ -83,7 +97,9 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"the patch of {patch_size} px does not divide the final size {size} px")
         outputs = target_values(target, patch_size, channels, cell, bins)
         self.encoder = Encoder(size, patch_size, channels, width, depth, heads, mlp_ratio, positions)
-        self.decoder = Decoder(width, outputs, decoder_width, decoder_depth, decoder_heads, mlp_ratio)
+        shape = (outputs, decoder_width, decoder_depth, decoder_heads, mlp_ratio)
+        self.decoder = Decoder(width, *shape) if decoder == "mae" else CrossDecoder(width, depth, *shape, inter_block)
+        self._make_targets = make_targets
         self._decoder_positions: dict[tuple[int, int], Tensor] = {}
         mean, std = pixel_statistics(channels, mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -103,6 +119,8 @@ class MaskedAutoencoder(nn.Module):
         nn.init.zeros_(projection.bias)  # pyright: ignore[reportArgumentType]
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
+        if isinstance(self.decoder, CrossDecoder):
+            self.decoder.reset_level_weights()
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], [N, C, H, W] to the float32 input of the encoder.
@@ -120,7 +138,14 @@ class MaskedAutoencoder(nn.Module):
 
     def targets(self, images: Tensor) -> Tensor:
         """Targets of all patches, float32 [N, L, values], of uint8 or [0, 1] images [N, C, H, W]."""
-        return make_targets(self.target, images, self.normalise(images), self.patch_size, self.cell, self.bins)
+        return self._make_targets(self.target, images, self.normalise(images), self.patch_size, self.cell, self.bins)
+
+    def compile_targets(self) -> None:
+        """Let torch compile the making of targets, one graph for all sizes.
+
+        For GPUs, where HOG's 66 kernels each read and write the whole batch; a CPU takes longer for it.
+        """
+        self._make_targets = torch.compile(make_targets, dynamic=True, fullgraph=True)
 
     def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings [1, 1 + L, D] of the decoder for a grid, on the model's device."""
@@ -131,13 +156,17 @@ class MaskedAutoencoder(nn.Module):
             known = self._decoder_positions[grid] = table[None].to(self.mean.device)
         return known
 
-    def forward(self, images: Tensor, noise: Tensor, visible: int) -> MAEOutput:
+    def forward(self, images: Tensor, noise: Tensor, visible: int, predict_all: bool = False) -> MAEOutput:
         """Loss and predictions of one batch.
+
+        Visible patches have the lowest noise, those that a prediction ratio chooses the lowest of the rest: both are
+        a function of the sample's own noise.
 
         Args:
             images: uint8, or float in [0, 1], [N, C, H, W]; the patch divides H and W.
             noise: [N, L], as of `mask_noise`; the patches with the lowest values stay visible.
             visible: how many do.
+            predict_all: predict every masked patch, whatever the prediction ratio.
 
         Raises:
             ValueError: the noise does not match the patch grid, no patch is visible or none masked, or images do not
@@ -152,9 +181,19 @@ class MaskedAutoencoder(nn.Module):
                 "so choose another mask ratio"
             )
         visible_ids, masked_ids = split_by_noise(noise, visible)
-        encoded = self.encoder(self.normalise(images), visible_ids)
-        prediction = self.decoder(encoded, self.decoder_positions(grid), visible_ids, masked_ids).float()
-        target = gather_tokens(self.targets(images), masked_ids)
-        # Every sample has as many masked patches, so the plain mean is MAE's sum(mask * loss) / sum(mask).
+        ratio = None if predict_all else self.prediction_ratio
+        predicted_ids = masked_ids[:, : predicted_patches(noise.shape[1], visible, ratio)]
+        prediction = self.predict(self.normalise(images), visible_ids, predicted_ids, grid).float()
+        target = gather_tokens(self.targets(images), predicted_ids)
+        # Every sample has as many predicted patches, so the plain mean is MAE's sum(mask * loss) / sum(mask).
         loss = (prediction - target).square().mean()
-        return MAEOutput(loss, prediction, target, visible_ids, masked_ids)
+        return MAEOutput(loss, prediction, target, visible_ids, masked_ids, predicted_ids)
+
+    def predict(self, images: Tensor, visible_ids: Tensor, predicted_ids: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Predictions [N, P, values] of chosen patches of normalised images, in the number format of autocast."""
+        positions = self.decoder_positions(grid)
+        if isinstance(self.decoder, CrossDecoder):
+            levels: list[Tensor] = []
+            self.encoder(images, visible_ids, levels)
+            return self.decoder(levels, positions, predicted_ids)
+        return self.decoder(self.encoder(images, visible_ids), positions, visible_ids, predicted_ids)

@@ -8,7 +8,13 @@ from timm.layers.config import set_fused_attn, use_fused_attn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_et.curriculum.cost import TRAINING_FLOPS_PER_MULTIPLY_ADD, Geometry, MAECost, TransformerShape
+from mae_et.curriculum.cost import (
+    TRAINING_FLOPS_PER_MULTIPLY_ADD,
+    CrossDecoderShape,
+    Geometry,
+    MAECost,
+    TransformerShape,
+)
 from mae_et.curriculum.stage import visible_tokens
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masking import mask_noise
@@ -41,6 +47,22 @@ def build(name: str, target: str) -> tuple[MaskedAutoencoder, MAECost]:
     values = target_values(model.target, patch, channels)
     shapes = (TransformerShape(width, depth, ratio) for width, depth, _ in (encoder, decoder))
     return model, MAECost(*shapes, patch_values=channels * patch**2, target_values=values)
+
+
+def build_cross(name: str, inter_block: bool, prediction_ratio: float | None) -> tuple[MaskedAutoencoder, MAECost]:
+    side, patch, channels, encoder, decoder, ratio = MODELS[name]
+    model = MaskedAutoencoder(
+        *((side, side), patch, channels, *encoder, ratio, *decoder),
+        decoder="crossmae",
+        inter_block=inter_block,
+        prediction_ratio=prediction_ratio,
+    )
+    shape = CrossDecoderShape(decoder[0], decoder[1], ratio, inter_block)
+    values = target_values("hog", patch, channels)
+    cost = MAECost(
+        TransformerShape(encoder[0], encoder[1], ratio), shape, channels * patch**2, values, prediction_ratio
+    )
+    return model, cost
 
 
 def geometry_of(model: MaskedAutoencoder, size: tuple[int, int], ratio: float) -> Geometry:
@@ -99,6 +121,41 @@ def test_training_takes_three_forwards(name, side):
     model, cost = build(name, "hog")
     geometry = geometry_of(model, (side, side), 0.75)
     # Images need no gradient: of all products in the backward pass only that one is not made.
+    images_gradient = 2 * geometry.visible * cost.patch_values * cost.encoder.width
+    full = TRAINING_FLOPS_PER_MULTIPLY_ADD * cost(geometry)
+    assert counted(model, geometry, batch=1, backward=True) == full - images_gradient
+
+
+@pytest.mark.parametrize("inter_block", [True, False])
+@pytest.mark.parametrize("prediction_ratio", [None, 0.1, 0.25, 0.9])
+@pytest.mark.parametrize(
+    ("name", "size", "ratio"),
+    [
+        ("96 wide", (12, 12), 0.75),
+        ("96 wide", (28, 28), 0.75),
+        ("patch 14", (28, 70), 0.5),
+        ("patch 14", (98, 14), 0.3),
+    ],
+)
+def test_cross_attention_and_what_it_predicts(name, size, ratio, prediction_ratio, inter_block):
+    model, cost = build_cross(name, inter_block, prediction_ratio)
+    geometry = geometry_of(model, size, ratio)
+    assert counted(model, geometry, batch=2) == 2 * 2 * cost(geometry)
+
+
+@pytest.mark.parametrize("inter_block", [True, False])
+@pytest.mark.parametrize("side", [96, 224])
+def test_cross_attention_of_large_models(side, inter_block):
+    with FakeTensorMode():
+        model, cost = build_cross("vit_base", inter_block, 0.25)
+        geometry = geometry_of(model, (side, side), 0.75)
+        assert counted(model, geometry, batch=1) == 2 * cost(geometry)
+
+
+@pytest.mark.parametrize("inter_block", [True, False])
+def test_training_with_cross_attention_takes_three_forwards(inter_block):
+    model, cost = build_cross("patch 14", inter_block, 0.25)
+    geometry = geometry_of(model, (70, 70), 0.75)
     images_gradient = 2 * geometry.visible * cost.patch_values * cost.encoder.width
     full = TRAINING_FLOPS_PER_MULTIPLY_ADD * cost(geometry)
     assert counted(model, geometry, batch=1, backward=True) == full - images_gradient

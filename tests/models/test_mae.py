@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -128,6 +129,23 @@ def test_hog_is_exact_on_uint8_and_unrounded_on_floats():
     assert torch.equal(exact.prediction, unrounded.prediction)
     # Gradients of 0 become rounding noise in floats, whose bin is another one: rare in noise, common in flat photos.
     assert 0 < (exact.target - unrounded.target).abs().gt(1e-3).double().mean() < 0.05
+
+
+def test_compiled_targets_are_the_same_from_one_graph(monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = small()
+    batches = [picture_batch(height=side, width=side) for side in (16, 48, 32)]
+    expected = [model.targets(images) for images in batches]
+    model.compile_targets()
+    for images, targets in zip(batches, expected):
+        torch.testing.assert_close(model.targets(images), targets)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(("cell", "bins"), [(2, 9), (8, 12)])
