@@ -44,6 +44,7 @@ from mae_et.engine.signals import requeue, slurm_job
 from mae_et.engine.state import TrainState
 from mae_et.engine.status import StatusFile
 from mae_et.engine.tasks import Prepare, Task
+from mae_et.engine.warmup import is_compiled, warm_up
 from mae_et.exchange.weights import Origin, WeightsError
 from mae_et.ops.lowfreq import Phase, low_frequency_crop
 from mae_et.recording import open_trackers
@@ -156,7 +157,10 @@ def _execute(
         restore(state, checkpoint)
     workers = choose_workers(config, ranks)
     announce(assembly, folder, ranks, workers, checkpoint, say)
-
+    if is_compiled(state.model) and state.selection is None:  # selection would note these losses
+        sizes = (config.seed, assembly.loop.accumulation, assembly.repeats)
+        took = warm_up(state, plan, assembly.task, assembly.dataset, ranks, *sizes)
+        say(f"compiled for all stages in {took:.0f} s, before the clock starts")
     opened: list[Tracker] = []
     on_main(ranks, lambda: opened.append(open_records(config, folder, assembly)))
     tracker = opened[0] if opened else MultiTracker([])

@@ -133,7 +133,9 @@ def _direction_bins(gx: torch.Tensor, gy: torch.Tensor, bins: int) -> torch.Tens
     """floor(bins * atan2(gx, gy) / pi) mod bins, as whole numbers, by comparing cotangents.
 
     gy / gx falls as the angle grows and repeats after half a turn. One correctly rounded division tells all gradients
-    of 8-bit images from the bin edges; atan2 in float32 does not (with 4 bins it takes 1 in 4000 wrongly).
+    of 8-bit images from the bin edges; atan2 in float32 does not (with 4 bins it takes 1 in 4000 wrongly). Up to 18
+    bins no such ratio but +-1 itself is nearer to an edge than 14 units of its last place, so that the division of
+    compiled code on a GPU, which errs by 2, will do.
     """
     # gx == 0 gives +-inf, or nan where the magnitude is 0 too: all of it belongs to bin 0.
     cotangent = (gy / gx).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)
@@ -142,7 +144,10 @@ def _direction_bins(gx: torch.Tensor, gy: torch.Tensor, bins: int) -> torch.Tens
     passed = torch.empty_like(index)
     for edge in range(1, bins):
         angle = math.pi * edge / bins
-        index += torch.le(cotangent, math.cos(angle) / math.sin(angle), out=passed)
+        limit = math.cos(angle) / math.sin(angle)
+        # Diagonal gradients lie on the edges at 45 and 135 degrees; the next ratio is 1e-3 away.
+        limit += 1e-5 if abs(abs(limit) - 1) < 1e-9 else 0.0
+        index += torch.le(cotangent, limit, out=passed)
     return index
 
 

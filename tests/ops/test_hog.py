@@ -115,6 +115,15 @@ def test_every_gradient_of_an_8_bit_image_gets_the_right_bin(bins):
     assert np.array_equal(index[(gx != 0) | (gy != 0)], expected[(gx != 0) | (gy != 0)])
 
 
+@pytest.mark.parametrize("bins", [4, 8, 9, 12, 18])
+@pytest.mark.parametrize("error", [-(2.0**-22), 2.0**-22])
+def test_a_division_that_errs_in_its_last_places_changes_no_bin(bins, error):
+    """By 2 to 4 units of a float32's last place: CUDA's approximate division, which compiled code uses, errs by 2."""
+    values = torch.arange(-1020.0, 1021.0)
+    gx, gy = torch.meshgrid(values, values, indexing="ij")
+    assert torch.equal(hog._direction_bins(gx, gy * (1 + error), bins), hog._direction_bins(gx, gy, bins))
+
+
 @pytest.mark.parametrize(("patch", "cell"), [(16, 8), (14, 7), (8, 4), (4, 2), (2, 2)])
 def test_default_cell(patch, cell):
     images = photo_batch((112, 112), 3)
