@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mae_et import comparison, reproduction, search, studies
+from mae_et import bench, comparison, packing, reproduction, search, studies
 from mae_et.config import (
     ConfigError,
     DetectConfig,
@@ -25,7 +25,7 @@ from mae_et.planning import read_calibration
 from mae_et.tracking import workspace
 
 if TYPE_CHECKING:
-    from mae_et.calibration import Rehearse
+    from mae_et.rehearsal import Rehearse
 
 
 def number_of_images(config: PretrainConfig) -> int:
@@ -270,7 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--heads", type=int, help="attention heads, where a file does not tell them")
     command.set_defaults(action=export)
 
+    bench.add_command(commands)
     comparison.add_command(commands)
+    packing.add_command(commands)
     reproduction.add_command(commands)
     search.add_command(commands)
     studies.add_commands(commands)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from mae_et.config import CalibrationConfig, ConfigError, FinetuneConfig, PretrainConfig
 from mae_et.config.kept import read_kept
-from mae_et.curriculum.calibration import Calibration, StageTiming, stage_key
-from mae_et.curriculum.plan import Plan, PlannedStage
-from mae_et.data.loader import Batch, batches_of, build_loader
-from mae_et.data.sampler import PlanSampler
-from mae_et.engine.distributed import Ranks, any_rank, join_ranks, leave_ranks, on_main, slowest
+from mae_et.curriculum.calibration import Calibration, StageTiming
+from mae_et.curriculum.plan import PlannedStage
+from mae_et.data.loader import Batch
+from mae_et.engine.distributed import Ranks, join_ranks, leave_ranks, on_main
 from mae_et.engine.run_folder import RunFolder, write_text_atomic
-from mae_et.engine.step import train_step
 from mae_et.planning import needs_calibration, read_calibration
+from mae_et.rehearsal import Rehearsal, Rehearse, device_name, forget_peak_memory, peak_memory
 from mae_et.running import Assembly, Say, choose_workers, prepare_device
 
 CALIBRATION_FILE = "calibration.json"
@@ -38,9 +33,6 @@ PATIENCE = 3.0
 
 AHEAD = 4
 """Batches more than one of each worker after which the data path runs steadily."""
-
-Rehearse = Callable[[Ranks], Assembly]
-"""Ranks to the configured run with an endless plan, for steps that nothing is kept of."""
 
 
 def settle_calibration(
@@ -121,18 +113,18 @@ def calibrate(config: PretrainConfig | FinetuneConfig, ranks: Ranks, rehearse: R
     """
     devices = [ranks.device.index] if ranks.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        bench = Bench(rehearse(ranks), ranks, choose_workers(config, ranks), config.seed, config.calibration)
-        timings = measure(bench, say)
+        blocks = Blocks(rehearse(ranks), ranks, choose_workers(config, ranks), config.seed, config.calibration)
+        timings = measure(blocks, say)
     if hasattr(torch, "compiler"):
         torch.compiler.reset()  # compiled blocks of the run itself begin as those of a run that goes on
-    state = bench.assembly.state
+    state = blocks.assembly.state
     return Calibration(
         timings=tuple(timings),
-        title=bench.assembly.title,
+        title=blocks.assembly.title,
         device=device_name(ranks.device),
         processes=ranks.count,
         threads=torch.get_num_threads(),
-        workers=bench.workers,
+        workers=blocks.workers,
         precision=state.precision.name,
         torch=str(torch.__version__),
         date=on_main(ranks, lambda: datetime.now().astimezone().isoformat(timespec="seconds")),
@@ -182,91 +174,62 @@ class Trial:
         )
 
 
-class Bench:
+class Blocks(Rehearsal):
     """Times blocks of steps of a run that is thrown away."""
 
     def __init__(self, assembly: Assembly, ranks: Ranks, workers: int, seed: int, settings: CalibrationConfig):
-        # Every step takes a batch from the data path here; what replay saves is reckoned, not measured.
-        stages = tuple(replace(stage, replay=0, replay_batches=0) for stage in assembly.plan.stages)
-        self.plan: Plan = replace(assembly.plan, stages=stages)
-        self.assembly, self.ranks, self.workers, self.seed = assembly, ranks, workers, seed
-        self.accumulation, self.rounds = assembly.loop.accumulation, settings.rounds
         self.block_seconds = settings.seconds / settings.rounds
+        super().__init__(assembly, ranks, seed, PATIENCE * self.block_seconds)
+        self.workers, self.rounds = workers, settings.rounds
         # Steps before and within a block: the data path must run steadily, and workers deliver in volleys.
         self.lead_in = math.ceil((workers + AHEAD) / self.accumulation) if workers else 1
         self.volley = math.ceil(max(1, workers) / self.accumulation)
-        assembly.state.network.train()
 
     def trials(self) -> list[Trial]:
         """One for each geometry of the plan, those of smaller steps first."""
-        found: dict[str, Trial] = {}
-        for stage, first in zip(self.plan.stages, self.plan.boundaries):
-            found.setdefault(stage_key(stage), Trial(stage, first))
-        return sorted(found.values(), key=lambda trial: trial.stage.batch * math.prod(trial.stage.grid))
+        return [Trial(stage, first) for stage, first in self.geometries()]
 
-    @contextmanager
-    def batches(self, trial: Trial) -> Iterator[Iterator[Batch]]:
-        """Micro-batches of this rank from the trial's next step on, through the data path."""
-        share = (self.ranks.rank, self.ranks.count, self.accumulation)
-        sampler = PlanSampler(self.plan, self.seed, trial.step, *share, self.assembly.repeats)
-        pinned = self.ranks.device.type == "cuda"
-        with batches_of(build_loader(self.assembly.dataset, sampler, self.workers, pinned)) as batches:
-            yield batches
-
-    def step(self, trial: Trial, batches: Iterator[Batch]) -> None:
-        """One step of training."""
-        now, loop = self.plan.at(trial.step), self.assembly.loop
-        train_step(self.assembly.state, batches, now, self.assembly.task, self.accumulation, loop.clip)
+    def train(self, trial: Trial, batches: Iterator[Batch]) -> None:
+        """The trial's next step of training."""
+        self.step(trial.step, batches)
         trial.step += 1
 
-    def take(self, trial: Trial, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of one step."""
+    def fetch(self, trial: Trial, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the trial's next step."""
         trial.step += 1
-        return list(islice(batches, self.accumulation))
-
-    def timed(self, call: Callable[[], object], count: int) -> float:
-        """Seconds of a call on the slowest rank, the mean of `count` in a row; of fewer where that takes too long."""
-        wait_for(self.ranks.device)
-        started, done, late = time.perf_counter(), 0, False
-        while done < count and not late:
-            call()
-            done += 1
-            # The ranks agree after each step, as they do in training.
-            late = any_rank([time.perf_counter() - started > PATIENCE * self.block_seconds])[0]
-        wait_for(self.ranks.device)
-        return slowest((time.perf_counter() - started) / done)
+        return self.take(batches)
 
     def fed(self, trial: Trial, count: int) -> float:
         """Seconds of a step with the data path beside it."""
-        with self.batches(trial) as batches:
+        with self.batches(trial.step, self.workers) as batches:
             for _ in range(min(self.lead_in, max(count, self.volley))):
-                self.step(trial, batches)
-            return self.timed(lambda: self.step(trial, batches), count)
+                self.train(trial, batches)
+            return self.timed(lambda: self.train(trial, batches), count)
 
     def alone(self, trial: Trial, count: int) -> float:
         """Seconds of a step on a batch that is there."""
-        return self.timed(lambda: self.step(trial, cycle(trial.ready)), count)
+        return self.timed(lambda: self.train(trial, cycle(trial.ready)), count)
 
     def data(self, trial: Trial, count: int) -> float:
         """Seconds of a batch from the data path alone."""
-        with self.batches(trial) as batches:
+        with self.batches(trial.step, self.workers) as batches:
             for _ in range(self.volley):
-                self.take(trial, batches)
-            return self.timed(lambda: self.take(trial, batches), count)
+                self.fetch(trial, batches)
+            return self.timed(lambda: self.fetch(trial, batches), count)
 
 
-def measure(bench: Bench, say: Say) -> list[StageTiming]:
+def measure(blocks: Blocks, say: Say) -> list[StageTiming]:
     """Timings of every geometry, the stages in turn."""
-    trials = bench.trials()
-    say(f"calibration: steps of {len(trials)} sizes in {bench.rounds} rounds, nothing of which is kept")
+    trials = blocks.trials()
+    say(f"calibration: steps of {len(trials)} sizes in {blocks.rounds} rounds, nothing of which is kept")
     for trial in trials:
-        warm_up(bench, trial)
-    for turn in range(bench.rounds):
+        warm_up(blocks, trial)
+    for turn in range(blocks.rounds):
         for trial in trials if turn % 2 == 0 else reversed(trials):
             fed, alone, data = trial.counts
-            trial.fed.append(bench.fed(trial, fed))
-            trial.alone.append(bench.alone(trial, alone))
-            trial.data.append(bench.data(trial, data))
+            trial.fed.append(blocks.fed(trial, fed))
+            trial.alone.append(blocks.alone(trial, alone))
+            trial.data.append(blocks.data(trial, data))
     timings = [trial.timing() for trial in trials]
     for timing in timings:
         say(
@@ -276,56 +239,24 @@ def measure(bench: Bench, say: Say) -> list[StageTiming]:
     return timings
 
 
-def warm_up(bench: Bench, trial: Trial) -> None:
+def warm_up(blocks: Blocks, trial: Trial) -> None:
     """First steps, in which kernels are chosen and compiled; then how many fit into a block."""
-    device = bench.ranks.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with bench.batches(trial) as batches:
-        trial.ready = bench.take(trial, batches)
-    bench.alone(trial, 2)
-    alone = bench.alone(trial, 2)
-    data = bench.data(trial, bench.volley)
+    device = blocks.ranks.device
+    forget_peak_memory(device)
+    with blocks.batches(trial.step, blocks.workers) as batches:
+        trial.ready = blocks.fetch(trial, batches)
+    blocks.alone(trial, 2)
+    alone = blocks.alone(trial, 2)
+    data = blocks.data(trial, blocks.volley)
     trial.memory = peak_memory(device)
-    fed = max(alone, data) if bench.workers else alone + data
-    block, least = bench.block_seconds, math.ceil(LEAST_STEPS / bench.rounds)
+    fed = max(alone, data) if blocks.workers else alone + data
+    block, least = blocks.block_seconds, math.ceil(LEAST_STEPS / blocks.rounds)
 
     def whole_volleys(seconds: float, minimum: int) -> int:
-        return bench.volley * max(math.ceil(minimum / bench.volley), round(block * seconds / bench.volley))
+        return blocks.volley * max(math.ceil(minimum / blocks.volley), round(block * seconds / blocks.volley))
 
     trial.counts = (
         whole_volleys(1 / fed, least),
         max(least, round(0.3 * block / alone)),
         whole_volleys(0.3 / data, 1),
     )
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Peak bytes, the most of any rank: on a GPU of tensors since the last reset, on a CPU of the whole process."""
-    if device.type == "cuda":
-        return int(slowest(torch.cuda.max_memory_allocated(device)))
-    if device.type != "cpu" or not sys.platform.startswith(("linux", "darwin")):
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(slowest(peak * (1024 if sys.platform.startswith("linux") else 1)))  # Linux counts in KiB
-
-
-def device_name(device: torch.device) -> str:
-    """What people call the device, e.g. `NVIDIA H100` or the processor's model."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    return platform.processor() or platform.machine()

@@ -15,6 +15,7 @@ from mae_et.data.decode import DEFAULT_MAX_PIXELS
 from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource
 from mae_et.data.folders import open_folder, split_folders, subfolders
 from mae_et.data.lists import open_list
+from mae_et.data.packed import count_packed, open_packed, packed_splits
 from mae_et.data.published import open_food101, open_nabirds, open_stanford_dogs
 
 __all__ = [
@@ -45,6 +46,7 @@ _SPLITS = {
     **{kind: tuple(counts) for kind, counts in _COUNTS.items()},
     "imagenet1k": ("train", "val"),
     "imagenet22k": ("train",),
+    "packed": SPLITS,
 }
 KINDS = tuple(_SPLITS)
 # Published sets whose images are files: 102 flowers, 120 breeds, 101 dishes, 555 birds.
@@ -105,10 +107,11 @@ def open_source(
     - `"fashion_mnist"`, `"cifar10"`, `"cifar100"`, `"flowers102"`, `"stanford_dogs"`, `"food101"`: looked for in root,
       else downloaded into it (into `~/.cache/mae_et` without root). `"nabirds"`: looked for there, never downloaded.
     - `"imagenet1k"`: `<root>/train/<class>/*`, `<root>/val/<class>/*`. `"imagenet22k"`: `<root>/<class>/*`.
+    - `"packed"`: a store that `python -m mae_et pack` wrote.
 
     Args:
         kind: one of `KINDS`.
-        root: the folder (or list file) with the data.
+        root: the folder (or list file) with the data; of a packed store, a URL that fsspec knows as well.
         split: "train", "val" or "test".
         download: allow the published sets to be downloaded.
         channels: 3 for RGB, 1 for luma; grey images are repeated or kept.
@@ -119,6 +122,8 @@ def open_source(
         ValueError: if the kind, the split or the folder is not there, saying which are and what to set.
     """
     _check(kind, split, channels)
+    if kind == "packed" and root is not None:
+        return open_packed(root, split, channels, max_pixels)
     place = None if root is None else Path(root).expanduser()
     if kind == "fashion_mnist":
         return open_fashion_mnist(place, split, download, channels)
@@ -141,6 +146,8 @@ def count_images(kind: str, root: str | Path | None = None, split: str = "train"
     _check(kind, split, 3)
     if kind in _COUNTS:
         return _COUNTS[kind][split]
+    if kind == "packed" and root is not None:
+        return count_packed(root, split)
     return len(open_source(kind, root, split, download=False))
 
 
@@ -150,8 +157,10 @@ def available_splits(kind: str, root: str | Path | None = None) -> tuple[str, ..
     Raises ValueError for an unknown kind. A folder or list that is not there has "train" alone; opening it says why.
     """
     _check(kind, "train", 3)
-    if kind not in ("folder", "list") or root is None:
+    if kind not in ("folder", "list", "packed") or root is None:
         return _SPLITS[kind]
+    if kind == "packed":
+        return tuple(packed_splits(root)) or ("train",)
     place = Path(root).expanduser()
     if kind == "list":
         found = [split for split in SPLITS if (place / f"{split}.txt").is_file()]

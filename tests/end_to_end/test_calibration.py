@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_et import calibration as measuring
-from mae_et import finetuning
+from mae_et import finetuning, rehearsal
 from mae_et.__main__ import main
 from mae_et.calibration import calibrate_alone
 from mae_et.config import ConfigError, load_config
@@ -98,11 +98,11 @@ def test_random_numbers_are_as_before_and_every_geometry_is_timed(photos, tmp_pa
 def test_a_block_ends_when_it_takes_too_long(photos, tmp_path, monkeypatch, count):
     config = load_config(None, arguments(photos, tmp_path / "run", *BRIEF))
     ranks = measuring.join_ranks("cpu")
-    bench = measuring.Bench(rehearse(config, None, ranks), ranks, 0, config.seed, config.calibration)
+    blocks = measuring.Blocks(rehearse(config, None, ranks), ranks, 0, config.seed, config.calibration)
     clock = iter(range(0, 10_000, 1000))
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: next(clock))
     calls: list[int] = []
-    bench.timed(lambda: calls.append(1), count)
+    blocks.timed(lambda: calls.append(1), count)
     assert len(calls) == 1
 
 
