@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from mae_et.config import load_config
+from mae_et.curriculum.cost import CrossDecoderShape
 from mae_et.curriculum.plan import PlannedStage
 from mae_et.planning import build_plan, model_cost
 
@@ -16,11 +17,13 @@ from mae_et.planning import build_plan, model_cost
 def parameters(config) -> int:
     """Weights of encoder and decoder blocks and their projections, biases left out."""
     cost = model_cost(config)
-    blocks = sum(
-        shape.depth * shape.width**2 * (4 + 2 * shape.mlp_ratio) for shape in (cost.encoder, cost.decoder) if shape
-    )
-    ends = cost.patch_values * cost.encoder.width + cost.encoder.width * cost.decoder.width
-    return int(blocks + ends + cost.decoder.width * cost.target_values)
+    encoder, decoder = cost.encoder, cost.decoder
+    crosses = isinstance(decoder, CrossDecoderShape)  # keys and values come from the encoder's width
+    source, embedding = (encoder.width, 0) if crosses else (decoder.width, encoder.width * decoder.width)
+    blocks = encoder.depth * encoder.width**2 * (4 + 2 * encoder.mlp_ratio)
+    blocks += decoder.depth * decoder.width * (decoder.width * (2 + 2 * decoder.mlp_ratio) + 2 * source)
+    ends = cost.patch_values * encoder.width + embedding + decoder.width * cost.target_values
+    return int(blocks + ends)
 
 
 def needs(stage: PlannedStage, gpus: int, weights: int, options: argparse.Namespace) -> dict[str, float]:
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--network", type=float, default=40e9, help="bytes/s of each GPU's network card (of 50)")
     parser.add_argument("--launches", type=float, default=1500, help="kernels of an eager step (counted, ViT-B)")
     parser.add_argument("--launch", type=float, default=5e-6, help="seconds to launch one (assumed)")
-    parser.add_argument("--decode", type=float, default=1000, help="images/s of a core: benchmarks/data_path.py")
+    parser.add_argument("--decode", type=float, default=850, help="images/s of a core: benchmarks/data_path.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)

@@ -289,7 +289,7 @@ class PhotoByPhoto:
     def __init__(self, source: FileSource):
         self.source = source
 
-    def __getitems__(self, requests: list[SampleRequest]) -> Photo:
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> Photo:
         (request,) = requests
         try:
             return Photo(self.source.image(request.image), request.image)

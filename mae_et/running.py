@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from mae_et.data.selection import PassSampler
 from mae_et.data.sources import Source, open_source
 from mae_et.engine.bad_images import BadImages, BadImagesError
 from mae_et.engine.checkpoint import Checkpoint, CheckpointError
+from mae_et.engine.cores import gpu_cores
 from mae_et.engine.distributed import (
     Ranks,
     any_rank,
@@ -281,7 +281,7 @@ def choose_workers(config: Any, ranks: Ranks) -> int:
         return config.data.workers
     if ranks.device.type == "cpu":
         return 1
-    return max(1, min(16, (os.cpu_count() or 2) // max(1, torch.cuda.device_count()) - 1))
+    return max(1, min(16, gpu_cores() - 1))
 
 
 @contextmanager

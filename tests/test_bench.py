@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_et import pretraining
 from mae_et.__main__ import main
 from mae_et.bench import compiling, feeding, matrix, measuring, steps, subject
 from mae_et.config import load_config
@@ -39,7 +41,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _on_one_core_that_is_busy(monkeypatch):
     """Others run beside the tests: no thread waits for another one, and sizes are tried however long they take."""
-    monkeypatch.setattr(measuring, "usable_cores", lambda: 1)
+    monkeypatch.setattr(measuring, "process_cores", lambda: 1)
     monkeypatch.setattr(steps, "LEAST_SECONDS", 1e9)
 
 
@@ -80,7 +82,7 @@ def test_a_bench_measures_the_step_and_the_data_path(photos, recipe, tmp_path, c
 
 
 def test_without_data_the_step_alone_is_measured(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measuring, "usable_cores", lambda: 2)
+    monkeypatch.setattr(measuring, "process_cores", lambda: 2)
     out = tmp_path / "bench.json"
     line = ["bench", "--json", str(out), *BRIEF, "--config", str(recipe), *FEW]
     assert main([*line, "data.images=64", f"data.root={tmp_path / 'absent'}"]) == 0
@@ -89,6 +91,9 @@ def test_without_data_the_step_alone_is_measured(recipe, tmp_path, capsys, monke
     assert kept["bindings"] is None
     assert [set(stage["threads"]) for stage in kept["stages"]] == [{"1", "2"}] * 2
     assert torch.get_num_threads() == 1
+    # The report is told before a file is refused.
+    assert main([*line, "data.images=64", "--json", str(tmp_path)]) == 1
+    assert "matrix peak: " in capsys.readouterr().out
     assert main([*line, f"data.root={tmp_path / 'absent'}"]) == 2
     assert "data.images=... measures the peak and the step" in capsys.readouterr().err
 
@@ -113,6 +118,28 @@ def test_a_recipe_of_labels(tmp_path, capsys):
     assert [stage["image"] for stage in kept["stages"]] == [[3, 16, 16]] * 2
     assert main(line) == 2
     assert "data.classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_the_time_is_a_number_of_seconds(seconds, capsys):
+    assert main(["bench", f"--seconds={seconds}"]) == 2
+    assert "needs a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_compiling_has_the_memory_to_itself(recipe, monkeypatch):
+    states, alive = [], []
+    build = pretraining.build_state
+
+    def watched(*arguments):
+        state = build(*arguments)
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(pretraining, "build_state", watched)
+    monkeypatch.setattr(measuring, "compare_compiled", lambda *_: (alive.append(states[0]()), ({}, "not here"))[1])
+    line = ["bench", "--config", str(recipe), "--seconds", "0.2", *FEW, "data.images=64"]
+    assert main(line) == 0
+    assert alive == [None]
 
 
 def test_images_that_do_not_fit_are_told(recipe, tmp_path, capsys, monkeypatch):
@@ -141,7 +168,7 @@ def test_images_that_do_not_fit_are_told(recipe, tmp_path, capsys, monkeypatch):
 
 def bench_in_few_steps(words: list[str]) -> None:
     """Ranks that share cores with others are slow to agree."""
-    measuring.usable_cores = lambda: 1
+    measuring.process_cores = lambda: 1
     matrix.SQUARES, matrix.VIT, steps.ROUNDS = (64,), (), 1
     raise SystemExit(main(words))
 

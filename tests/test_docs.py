@@ -19,6 +19,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from mae_et.__main__ import build_parser, main, parse
+from mae_et.bench.subject import read_config
 from mae_et.config import (
     ConfigError,
     DetectConfig,
@@ -202,6 +203,8 @@ def check_tool(options: argparse.Namespace, command: str, ranks: int) -> None:
         if options.name is not None:
             scales = read_experiment(find(options.name)).scales
             assert options.scale in scales or "table" in scales, f"{options.name} has no scale {options.scale}"
+    elif command == "bench":
+        check_plan(read_config(path, options.overrides), ranks)
     elif command in ("plan", "calibrate"):
         check_plan(load_config(path, options.overrides, SCHEMAS[task_of(path)]), ranks)
     elif command == "predict":

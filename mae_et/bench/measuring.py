@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,15 +15,16 @@ from mae_et.bench.advice import HEADROOM, advise, best_accumulation, bind, fitti
 from mae_et.bench.compiling import compare_compiled
 from mae_et.bench.feeding import delivered, measure_workers
 from mae_et.bench.matrix import copy_rate, measure_products, products, ranking
-from mae_et.bench.report import MicroBatch, Report, Setting, StageReport
-from mae_et.bench.steps import Geometry, measure_steps, micro_batch, noise, vary_threads
+from mae_et.bench.report import Report, Setting, StageReport
+from mae_et.bench.steps import Candidate, Geometry, measure_steps, micro_batch, noise, vary_threads
 from mae_et.bench.subject import Subject, open_subject
 from mae_et.bench.table import report_text
 from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig
 from mae_et.curriculum.calibration import stage_key
 from mae_et.curriculum.plan import Plan
 from mae_et.curriculum.stage import format_size
-from mae_et.engine.distributed import Ranks, join_ranks, leave_ranks, on_main
+from mae_et.engine.cores import process_cores
+from mae_et.engine.distributed import Ranks, join_ranks, largest, leave_ranks, on_main
 from mae_et.engine.run_folder import write_text_atomic
 from mae_et.rehearsal import Rehearsal, device_name
 from mae_et.running import Say, choose_workers, prepare_device
@@ -48,17 +49,17 @@ def bench(
         out: a file for the report as JSON.
         say: where it is printed.
     """
-    if not seconds > 0:
-        raise ConfigError(f"--seconds {seconds:g} must be positive")
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"--seconds {seconds:g}: needs a number of seconds above 0")
     prepare_device(config)
     ranks = join_ranks(config.engine.device)
     quiet = say if ranks.is_main else lambda _line: None
     try:
         report = measure(open_subject(config, ranks), ranks, seconds, compiles, quiet)
+        quiet(report_text(report))  # first: the file may be refused
         if out is not None and ranks.is_main:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(Path(out), report.to_json())
-        quiet(report_text(report))
         return report
     finally:
         leave_ranks()
@@ -81,7 +82,7 @@ def measure(subject: Subject, ranks: Ranks, seconds: float, compiles: bool, say:
     setting = settings(subject, rehearsal, ranks)
     precision = assembly.state.precision.name
     say(f"{assembly.title}: {precision} on {ranks.count} x {device_name(ranks.device)}")
-    say(f"bench: about {seconds:.0f} s" + (", and what compiling takes" if compiles else ""))
+    say(f"bench: about {seconds:.0f} s" + (", and what compiling takes" if compiles or setting.compiles else ""))
 
     shapes = products(ranks.device)
     turns = [measure_products(shapes, precision, ranks.device, times["peak"] / 2)]
@@ -89,12 +90,9 @@ def measure(subject: Subject, ranks: Ranks, seconds: float, compiles: bool, say:
     setting = replace(setting, noise=noise([size for sizes in candidates for size in sizes]))
     turns.append(measure_products(list(turns[0]), precision, ranks.device, times["peak"] / 2))
     peak = ranking(turns)
-    stages = []
-    for geometry, sizes in zip(geometries, candidates):
-        flops = geometry.stage.flops_per_image
-        assert flops is not None
-        micro = tuple(micro_batch(size, flops, peak[-1].flops_per_second) for size in sizes)
-        stages.append(stage_report(geometry, subject.plan, rehearsal.plan, micro, flops))
+    best = peak[-1].flops_per_second
+    # Not a loop: its variable would keep the first state alive beside those that compiling makes.
+    stages = [stage_report(geometry, sizes, subject.plan, best) for geometry, sizes in zip(geometries, candidates)]
     stages = choose(stages, setting)
     if subject.no_data is None:
         stages = add_data(stages, geometries, setting, times["data"])
@@ -132,7 +130,6 @@ def settings(subject: Subject, rehearsal: Rehearsal, ranks: Ranks) -> Setting:
     """What the configuration says or comes to, and the machine."""
     config, on_cpu = subject.config, ranks.device.type == "cpu"
     ratio, wanted = config.replay.ratio, config.engine.compile
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Setting(
         workers=choose_workers(config, ranks),
         accumulation=rehearsal.accumulation,
@@ -142,23 +139,17 @@ def settings(subject: Subject, rehearsal: Rehearsal, ranks: Ranks) -> Setting:
         most_replay=config.replay.most,
         compiles=wanted == "always" or (wanted == "auto" and ranks.device.type == "cuda"),
         threads=torch.get_num_threads(),
-        cores=max(1, usable_cores() // here),
+        cores=-largest([-process_cores()])[0],  # the fewest of any rank, as all measure the same
         on_cpu=on_cpu,
         processes=ranks.count,
     )
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def stage_report(
-    geometry: Geometry, plan: Plan | None, trial: Plan, micro: tuple[MicroBatch, ...], flops: float
-) -> StageReport:
+def stage_report(geometry: Geometry, sizes: Sequence[Candidate], plan: Plan | None, peak: float) -> StageReport:
     """A geometry with its part in the plan; in the endless one's proportions where the run's own is not known."""
     stage, key = geometry.stage, stage_key(geometry.stage)
-    whole = plan or trial
+    whole, flops = plan or geometry.rehearsal.plan, stage.flops_per_image
+    assert flops is not None
     same = [planned for planned in whole.stages if stage_key(planned) == key]
     return StageReport(
         bandwidth=stage.bandwidth,
@@ -169,7 +160,7 @@ def stage_report(
         share=sum(planned.images for planned in same) / whole.total_images,
         flops_per_image=flops,
         image=geometry.image,
-        micro_batches=micro,
+        micro_batches=tuple(micro_batch(size, flops, peak) for size in sizes),
     )
 
 

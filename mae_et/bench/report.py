@@ -157,7 +157,7 @@ class Setting:
         most_replay: that `replay.ratio=auto` may choose.
         compiles: whether blocks are compiled as configured.
         threads: of a process's CPU work.
-        cores: that a process may use: its share of those that this job has.
+        cores: that a process may use: its share of those that this job has; the fewest of any rank.
         on_cpu: whether steps run on those cores.
         processes: that share a batch.
         noise: share by which repeats of the same steps differed.

@@ -99,7 +99,10 @@ def open_subject(config: PretrainConfig | FinetuneConfig, ranks: Ranks) -> Subje
     """
     no_data = None
     if config.data.images is not None:
-        no_data = f"data.images={config.data.images} stands for the images: leave it out to measure their reading"
+        no_data = (
+            f"data.images={config.data.images} stands for the images: name them with data.source and data.root in its "
+            "place to measure their reading"
+        )
     opened = _labelled(config, ranks) if isinstance(config, FinetuneConfig) else _unlabelled(config, ranks)
     return Subject(config, *opened, no_data)
 

@@ -23,7 +23,7 @@ class PlannedStage:
         start, end: the stage's stretch of the curriculum's axis, in [0, 1].
         bandwidth: B, (height, width) in px.
         grid: (rows, columns) of patches.
-        visible, masked: patches per image that the encoder sees, and that are predicted.
+        visible, masked: patches per image that the encoder sees, and that it does not.
         batch: images per optimizer step, over all ranks.
         steps: optimizer steps.
         passes: passes over the data.

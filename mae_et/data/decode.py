@@ -29,7 +29,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _FRAMES = b"\xc0\xc1\xc2"  # baseline, extended and progressive, in Huffman codes
-_TOO_FAR = b"\xc3\xc5\xc6\xc7\xc8\xc9\xca\xcb\xcd\xce\xcf\xd8\xd9\xda"  # other frames, a second start, the end, pixels
+# Other frames, restarts, a second start, the end, pixels.
+_TOO_FAR = b"\xc3\xc5\xc6\xc7\xc8\xc9\xca\xcb\xcd\xce\xcf\xd0\xd1\xd2\xd3\xd4\xd5\xd6\xd7\xd8\xd9\xda"
+_MARKERS = range(0xC0, 0xFF)  # below they have no length, and 0xff fills: libjpeg would find another header there
 _APPLICATION_1 = 0xE1
 
 
@@ -117,7 +119,7 @@ def read_jpeg_header(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> JpegH
         return None
     at, exif = 2, b""
     # Segments: 0xff, a marker, and the length in two bytes, which counts itself.
-    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] not in _TOO_FAR:
+    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] in _MARKERS and data[at + 1] not in _TOO_FAR:
         marker, end = data[at + 1], at + 2 + (data[at + 2] << 8 | data[at + 3])
         if marker in _FRAMES:
             bits, components = data[at + 4], data[at + 9]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -114,7 +114,7 @@ class DetectionDataset(Dataset[DetectionBatch]):
         self.source, self.transform, self.masks = source, transform, masks
         self.reader = Reader(source, replace)
 
-    def __getitems__(self, requests: list[SampleRequest]) -> DetectionBatch:
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> DetectionBatch:
         bad: list[BadImage] = []
         shown = [self.transform(*self.reader.read(request, self._take, bad)[0], request) for request in requests]
         objects = [found for _, found, _ in shown]
@@ -164,7 +164,7 @@ class SceneDataset(Dataset[SceneBatch]):
         self.source, self.transform = source, transform
         self.reader = Reader(source, replace)
 
-    def __getitems__(self, requests: list[SampleRequest]) -> SceneBatch:
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> SceneBatch:
         bad: list[BadImage] = []
         shown = [self.transform(*self.reader.read(request, self._take, bad)[0], request) for request in requests]
         return SceneBatch(
@@ -178,7 +178,7 @@ class SceneDataset(Dataset[SceneBatch]):
         return self.source.image(i), self.source.mask(i)
 
 
-def places(requests: list[SampleRequest]) -> dict[str, Tensor]:
+def places(requests: Sequence[SampleRequest]) -> dict[str, Tensor]:
     """Seeds and indices of a batch."""
     return {
         "seeds": torch.tensor([request.seed for request in requests]),

@@ -89,7 +89,7 @@ class Files:
         """Return the bytes [start, end) of a file; fewer where it is shorter."""
         if is_url(self.root):
             filesystem, root = self.filesystem()
-            return filesystem.cat_file(f"{root}/{name}", start, end)
+            return filesystem.cat_file(f"{root}/{name}", start=start, end=end)  # s3fs has a version before them
         # pread has no position that processes could share: descriptors survive a fork.
         descriptor = self._descriptors.get(name)
         if descriptor is None:
@@ -111,7 +111,9 @@ class Files:
             filesystem, root = self.filesystem()
             filesystem.invalidate_cache()  # what another process has put there since counts
             found = filesystem.ls(root, detail=True)
-            return {item["name"].rpartition("/")[2]: item["size"] for item in found if item["type"] == "file"}
+            files = {item["name"]: item["size"] for item in found if item["type"] == "file"}
+            # A web server's list of files has no sizes.
+            return {path.rpartition("/")[2]: size or filesystem.size(path) for path, size in files.items()}
         with os.scandir(self.root) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
@@ -306,7 +308,7 @@ class PackedSource:
         if fits and len(self):
             shards = self.manifest.shards
             ends = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
-            inside = self._offsets.min() >= 0 and bool(np.all(self._offsets + self._lengths <= ends))
+            inside = self._offsets.min() >= 0 and bool(np.all(self._offsets <= ends - self._lengths))
             fits = inside and int(self.labels.min()) >= -1 and int(self.labels.max()) < len(self.classes)
         if not fits:
             raise ValueError(f"{self.files.path('index')} does not fit {MANIFEST} beside it; pack again")
@@ -314,7 +316,16 @@ class PackedSource:
 
 def packed_splits(root: str | Path) -> list[str]:
     """Return which of train, val and test a store has."""
-    return [split for split in SPLITS if Files(f"{root}/{split}").exists(MANIFEST)]
+    return [split for split in SPLITS if _files(root, split).exists(MANIFEST)]
+
+
+def is_packed_split(folder: Path) -> bool:
+    """Tell whether a folder on disk is a split of a packed store."""
+    return all((folder / name).is_file() for name in (MANIFEST, "index/names.npy"))
+
+
+def _files(root: str | Path, split: str) -> Files:
+    return Files(f"{str(root).rstrip('/')}/{split}")
 
 
 def open_packed(root: str | Path, split: str, channels: int, max_pixels: int) -> PackedSource:
@@ -335,7 +346,9 @@ def _split(root: str | Path, split: str) -> Files:
     if not is_url(root) and not Path(root).expanduser().is_dir():
         raise ValueError(f"{root} is not a folder; set data.root= to a packed store, as `python -m mae_et pack` writes")
     found = packed_splits(root)
+    if split not in found and Files(root).exists(MANIFEST):
+        raise ValueError(f"{root} is one split of a packed store; set data.root= to the folder that it lies in")
     if split not in found:
         has = f"it has {', '.join(found)}" if found else "packing was not finished, or it is no packed store"
         raise ValueError(f"{root} has no split '{split}' with a {MANIFEST}: {has}")
-    return Files(f"{root}/{split}")
+    return _files(root, split)

@@ -15,7 +15,7 @@ from mae_et.data.decode import DEFAULT_MAX_PIXELS
 from mae_et.data.files import IMAGE_EXTENSIONS, SPLITS, FileSource
 from mae_et.data.folders import open_folder, split_folders, subfolders
 from mae_et.data.lists import open_list
-from mae_et.data.packed import count_packed, open_packed, packed_splits
+from mae_et.data.packed import count_packed, is_packed_split, is_url, open_packed, packed_splits
 from mae_et.data.published import open_food101, open_nabirds, open_stanford_dogs
 
 __all__ = [
@@ -124,6 +124,8 @@ def open_source(
     _check(kind, split, channels)
     if kind == "packed" and root is not None:
         return open_packed(root, split, channels, max_pixels)
+    if root is not None and is_url(root):
+        raise ValueError(f"{root} is a URL, behind which packed stores alone are read; set data.source=packed")
     place = None if root is None else Path(root).expanduser()
     if kind == "fashion_mnist":
         return open_fashion_mnist(place, split, download, channels)
@@ -194,6 +196,9 @@ def _open_folders(
     numbered_by_train = split != "train" and "train" in splits
     classes = (subfolders(root / "train") or None) if numbered_by_train else None
     folder = root / split if splits else root
+    if is_packed_split(folder):
+        store = folder.absolute().parent
+        raise ValueError(f"{store} is a packed store; set data.source=packed data.root={store}")
     source = open_folder(f"{kind} {split}", folder, channels, max_pixels, extensions, classes)
     if kind != "folder" and not source.classes:
         raise ValueError(f"{folder} should hold one folder a class and the images in those; see data.source=folder")

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from mae_et.data.files import listed
+from mae_et.data.loader import InMemory
+from mae_et.data.scaled import EncodedSource
 from mae_et.data.sources import Source
 
 # Second words of Philox keys, the first being the seed. As text they are far above every counter used elsewhere.
@@ -77,6 +79,39 @@ class Subset(Chosen[Source]):
         return self.source.label(self._index(i))
 
 
+class InMemorySubset(Subset):
+    """Chosen images of a source in memory; many are taken at once."""
+
+    source: InMemory
+
+    def take(self, indices: np.ndarray) -> torch.Tensor:
+        """Return many images at once, uint8 [N, channels, H, W]."""
+        return self.source.take(self.indices[indices])
+
+
+class EncodedSubset(Subset):
+    """Chosen images of a source of image files; their crops can be decoded alone."""
+
+    source: EncodedSource
+
+    def __init__(self, source: EncodedSource, indices: np.ndarray, name: str | None = None) -> None:
+        super().__init__(source, indices, name)
+        self.max_pixels = source.max_pixels
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image `i`; raise ImageError if it cannot be read."""
+        return self.source.read(self._index(i))
+
+
+def choose(source: Source, indices: np.ndarray, name: str | None = None) -> Subset:
+    """Return chosen images of a source, read in the fast ways that it has; arguments as of `Chosen`."""
+    if isinstance(source, InMemory):
+        return InMemorySubset(source, indices, name)
+    if isinstance(source, EncodedSource):
+        return EncodedSubset(source, indices, name)
+    return Subset(source, indices, name)
+
+
 def draw_held_out(source: Images, share: float, seed: int, purpose: int) -> np.ndarray:
     """Choose a share of images to hold out, whatever is on them: bool [N].
 
@@ -129,8 +164,8 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
     if not held.any():
         raise ValueError(f"{source.name} has one image a class, nothing to hold out; give it a validation split")
     return (
-        Subset(source, np.flatnonzero(~held), f"{source.name}, {1 - share:.3g} kept"),
-        Subset(source, np.flatnonzero(held), f"{source.name}, {share:.3g} held out"),
+        choose(source, np.flatnonzero(~held), f"{source.name}, {1 - share:.3g} kept"),
+        choose(source, np.flatnonzero(held), f"{source.name}, {share:.3g} held out"),
     )
 
 
@@ -154,7 +189,7 @@ def few_shot(source: Source, shots: int, seed: int) -> Subset:
             f"shots or leave those classes out"
         )
     chosen = _ranks(source.labels, seed, _FEW_SHOT) < shots
-    return Subset(source, np.flatnonzero(chosen), f"{source.name}, {shots} a class")
+    return choose(source, np.flatnonzero(chosen), f"{source.name}, {shots} a class")
 
 
 def _ranks(labels: np.ndarray, seed: int, purpose: int) -> np.ndarray:

@@ -57,11 +57,11 @@ class Reconstruction:
         return MaskedImages(filtered(self.downsample(batch.images, now.bandwidth), now), noise)
 
     def loss(self, network: nn.Module, inputs: MaskedImages, now: StepPlan) -> Tensor:
-        """Mean squared error of the masked patches."""
+        """Mean squared error of the predicted patches."""
         return network(inputs.images, inputs.noise, now.stage.visible).loss
 
     def losses(self, network: nn.Module, inputs: MaskedImages, now: StepPlan) -> Tensor:
-        """The same by image, float32 [N]: each has as many masked patches, so that their mean is `loss`."""
+        """The same by image, float32 [N]: each has as many predicted patches, so that their mean is `loss`."""
         output = network(inputs.images, inputs.noise, now.stage.visible)
         return (output.prediction - output.target).square().mean(dim=(1, 2))
 

@@ -31,13 +31,16 @@ def warm_up(
     accumulation: int,
     repeats: int = 1,
 ) -> float:
-    """Forward and backward passes of every size that is still to come; all ranks call it together.
+    """Forward and backward passes of every size of the plan; all ranks call it together.
 
     One micro-batch each, the first of the stage. Weights, moments, running statistics and random numbers are as they
     were before.
 
+    Stages that are over come as well: code for dynamic sizes depends on the size that is met first (torch's compiler
+    splits sums by it), and a run that goes on must sum in the order in which it began.
+
     Args:
-        state: before its first step; compiled.
+        state: new, or restored from a checkpoint; compiled.
         plan, task, dataset, ranks, seed, accumulation, repeats: of the run.
 
     Returns:
@@ -48,9 +51,7 @@ def warm_up(
     devices = [state.device] if state.device.type == "cuda" else []
     state.network.train()
     with torch.random.fork_rng(devices):
-        for stage, first in zip(plan.stages, plan.boundaries):
-            if first + stage.steps <= state.step:
-                continue
+        for first in plan.boundaries:
             share = (ranks.rank, ranks.count, accumulation)
             requests = next(iter(PlanSampler(plan, seed, first, *share, repeats)))
             micro_step(state, dataset.__getitems__(requests), plan.at(first), task, 1.0)

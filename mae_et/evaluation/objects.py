@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -89,7 +89,7 @@ class FittedDataset:
     def __init__(self, source: Photos, leave_out: bool = False):
         self.source, self.leave_out, self.fit = source, leave_out, FitTransform()
 
-    def __getitems__(self, requests: list[SampleRequest]) -> FittedImages:
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> FittedImages:
         fitted, original, indices, bad = [], [], [], []
         for request in requests:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class SceneByScene:
     def __init__(self, source: SegmentationSource):
         self.source = source
 
-    def __getitems__(self, requests: list[SampleRequest]) -> Scene:
+    def __getitems__(self, requests: Sequence[SampleRequest]) -> Scene:
         (request,) = requests
         return Scene(self.source.image(request.image), self.source.mask(request.image), request.image)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mae_et.config import ConfigError, FinetuneConfig, PretrainConfig, SearchConfig
 from mae_et.data.sources import Source
-from mae_et.data.splits import Subset, check_labels, hold_out
+from mae_et.data.splits import check_labels, choose, hold_out
 from mae_et.evaluation.features import subset_indices
 from mae_et.labelled import LabelledImages, open_labelled
 from mae_et.pretraining import build_source
@@ -72,7 +72,7 @@ def drawn(source: Source, search: SearchConfig) -> Source:
     if search.images is None or search.images >= len(source):
         return source
     indices = subset_indices(len(source), search.images, search.seed)
-    return Subset(source, np.array(indices), f"{source.name}, {len(indices):,} drawn")
+    return choose(source, np.array(indices), f"{source.name}, {len(indices):,} drawn")
 
 
 def hold_out_any(source: Source, share: float, seed: int) -> tuple[Source, Source]:
@@ -84,5 +84,5 @@ def hold_out_any(source: Source, share: float, seed: int) -> tuple[Source, Sourc
         held = np.array(subset_indices(len(source), count, seed))
         kept = np.setdiff1d(np.arange(len(source)), held)
         names = (f"{source.name}, {1 - share:.3g} kept", f"{source.name}, {share:.3g} held out")
-        return Subset(source, kept, names[0]), Subset(source, held, names[1])
+        return choose(source, kept, names[0]), choose(source, held, names[1])
     return hold_out(source, share, seed)

@@ -141,6 +141,22 @@ def test_what_is_no_plain_jpeg_has_no_header():
     assert read_jpeg_header(plain, max_pixels=48 * 64 - 1) is None
 
 
+@pytest.mark.parametrize("marker", [b"\xff\xff", b"\xff\x01", b"\xff\xd0"])
+def test_the_header_is_the_one_that_libjpeg_finds(marker):
+    """Fill bytes, and markers without a length: read as if they had one, they lead to a small header in a comment."""
+    plain, length = encode(gradient(), "JPEG"), 0xFF00
+    small = b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03" + bytes(9)
+    comment = b"\xff\xfe" + length.to_bytes(2, "big") + bytes(length - 2)
+    if marker == b"\xff\xff":
+        comment = comment[1:]  # its own 0xff is the second fill byte
+    data = bytearray(plain[:2] + marker + comment + comment[-length - 2 :] + plain[2:])
+    end = 4 + int.from_bytes(data[4:6], "big")
+    data[end : end + len(small)] = small
+    assert read_jpeg_header(bytes(data)) is None
+    with pytest.raises(ImageError, match=r"above data\.max_pixels=100|not an image"):
+        decode_image(bytes(data), "x", max_pixels=100)
+
+
 def test_cmyk_jpeg():
     data = encode(gradient().convert("CMYK"), "JPEG", quality=95)
     pixels = hwc(decode_image(data, "x"))

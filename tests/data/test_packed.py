@@ -102,11 +102,38 @@ def test_only_an_images_own_bytes_are_fetched(remote, monkeypatch):
     fetched = []
     memory = fsspec.filesystem("memory")
     real = memory.cat_file
-    monkeypatch.setattr(memory, "cat_file", lambda *range_: fetched.append(range_) or real(*range_))
+
+    def cat_file(path: str, version_id: str | None = None, start: int = 0, end: int = 0) -> bytes:  # as s3fs has it
+        fetched.append((path, start, end))
+        assert version_id is None
+        return real(path, start, end)
+
+    monkeypatch.setattr(memory, "cat_file", cat_file)
     data = source.read(5)
     ((path, start, end),) = fetched
     assert path.endswith("train/00001.zip")
     assert end - start == len(data)
+
+
+def test_a_url_may_end_in_a_slash(remote):
+    assert len(open_source("packed", f"{remote}/")) == count_images("packed", f"{remote}/") == 10
+
+
+def test_a_server_that_lists_no_sizes_is_asked_for_them(remote, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    real = memory.ls
+    monkeypatch.setattr(memory, "ls", lambda *args, **how: [item | {"size": None} for item in real(*args, **how)])
+    assert len(open_source("packed", remote)) == 10
+
+
+def test_a_store_taken_for_a_folder_says_what_to_set(kept):
+    for root in (kept, kept / "train"):
+        with pytest.raises(ValueError, match=rf"^{kept} is a packed store; set data\.source=packed data\.root={kept}$"):
+            open_source("folder", root)
+    with pytest.raises(ValueError, match="one split of a packed store"):
+        open_source("packed", kept / "train")
+    with pytest.raises(ValueError, match=r"s3://b/store is a URL.* set data\.source=packed"):
+        open_source("folder", "s3://b/store")
 
 
 def damage(shard: Path, member: str) -> None:
@@ -174,6 +201,10 @@ def outside(split: Path) -> None:
     _forge(split, "offsets", np.full(10, 1 << 40, np.int64))
 
 
+def beyond_int64(split: Path) -> None:
+    _forge(split, "offsets", np.full(10, (1 << 63) - 1, np.int64))
+
+
 def unknown_class(split: Path) -> None:
     _forge(split, "labels", np.full(10, 2, np.int32))
 
@@ -209,6 +240,7 @@ def _forge(split: Path, column: str, values: np.ndarray) -> None:
         (no_index, r"index/crcs\.npy is missing or damaged"),
         (other_index, r"index/labels\.npy is missing or damaged .*SHA-256"),
         (outside, r"index does not fit manifest\.json"),
+        (beyond_int64, r"index does not fit manifest\.json"),
         (unknown_class, r"index does not fit manifest\.json"),
         (fewer_rows, r"index does not fit manifest\.json"),
     ],

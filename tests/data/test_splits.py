@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from mae_et.data.archives import ArraySource
+from mae_et.data.loader import InMemory
+from mae_et.data.scaled import EncodedSource
 from mae_et.data.sources import FileSource, open_source
-from mae_et.data.splits import Subset, check_labels, check_same_classes, few_shot, hold_out
+from mae_et.data.splits import Subset, check_labels, check_same_classes, choose, few_shot, hold_out
 from tests.data.trees import contents, write_images
 
 
@@ -38,6 +40,21 @@ def test_subset_of_files(tmp_path):
     assert subset.describe(1) == str(tmp_path / "a" / "1.png")
     assert contents(pickle.loads(pickle.dumps(subset))) == contents(subset)
     assert contents(Subset(subset, np.array([1]), "one")) == [(1, 0)]
+
+
+def test_chosen_images_keep_the_fast_ways_of_their_source(tmp_path):
+    write_images(tmp_path, "a/0.png", "b/1.png")
+    files, arrays = open_source("folder", tmp_path), array_source([0, 1, 0, 1])
+    few = choose(choose(arrays, np.array([3, 1, 2])), np.array([2, 0]))
+    assert isinstance(few, InMemory)
+    assert not isinstance(few, EncodedSource)
+    assert few.take(np.array([1, 0, 1]))[:, 0, 0, 0].tolist() == [3, 2, 3]
+    one = choose(files, np.array([1]))
+    assert isinstance(one, EncodedSource)
+    assert not isinstance(one, InMemory)
+    assert (one.read(0), one.max_pixels) == ((tmp_path / "b" / "1.png").read_bytes(), 100_000_000)
+    for part in (*hold_out(arrays, 0.5, 0), few_shot(arrays, 1, 0)):
+        assert isinstance(part, InMemory)
 
 
 @pytest.mark.parametrize("index", [2, -1])
