@@ -1,7 +1,8 @@
 """Resident memory of a run, stage by stage: `python benchmarks/memory.py --run runs/memory [key=value]`.
 
 Starts pretraining as users do and looks at the memory of its processes twice a second: the proportional set size, in
-which shared pages count once. Prints what a stage has after its first tenth, and the most since then.
+which shared pages count once. Prints the medians of each stage's second and last tenth, and the most that was seen
+from the second on: while a checkpoint is saved, for one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-WARM = 0.1  # share of a stage that is left out
+from statistics import median
 
 
 def tree(pid: int) -> list[int]:
@@ -58,15 +58,17 @@ def main() -> None:
     seen = watch(process, Path(options.run, "metrics.jsonl"))
     if process.returncode:
         sys.exit(process.returncode)
-    print("| B | steps | after its first tenth | most since then | grown by |\n|---|---|---|---|---|")
+    print("| B | steps | second tenth | last tenth | grown by | most |\n|---|---|---|---|---|---|")
     first = 0
     for stage in json.loads(Path(options.run, "plan.json").read_text())["stages"]:
         begin, first = first, first + stage["steps"]
-        sizes = [size for step, size in seen if begin + WARM * stage["steps"] <= step < first]
-        early = sizes[: max(1, len(sizes) // 20)]
-        start, most = sum(early) / len(early), max(sizes)
-        cells = f"{stage['bandwidth'][0]} | {stage['steps']:,} | {start / 1e6:,.0f} MB | {most / 1e6:,.0f} MB"
-        print(f"| {cells} | {100 * (most / start - 1):.2f} % |")
+        tenths: list[list[int]] = [[] for _ in range(10)]
+        for step, size in seen:
+            if begin < step <= first:
+                tenths[min(9, 10 * (step - begin) // stage["steps"])].append(size)
+        start, end, most = median(tenths[1]), median(tenths[9]), max(max(sizes) for sizes in tenths[1:])
+        cells = f"{stage['bandwidth'][0]} | {stage['steps']:,} | {start / 1e6:,.0f} MB | {end / 1e6:,.0f} MB"
+        print(f"| {cells} | {100 * (end / start - 1):+.2f} % | {most / 1e6:,.0f} MB |")
 
 
 if __name__ == "__main__":

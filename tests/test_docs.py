@@ -198,7 +198,7 @@ def configured(script: str, words: list[str]) -> RunConfig:
 
 def check_tool(options: argparse.Namespace, command: str, ranks: int) -> None:
     """Raise for a sub-command of `python -m mae_et` whose configuration would be refused."""
-    path = getattr(options, "config", None)
+    path: Any = getattr(options, "config", None)
     if command == "reproduce":
         if options.name is not None:
             scales = read_experiment(find(options.name)).scales

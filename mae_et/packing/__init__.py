@@ -6,7 +6,6 @@ This file loads no torch; what it calls does.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -40,6 +39,7 @@ def _run(options: argparse.Namespace) -> int:
         from mae_et.packing.verifying import verify
 
         return verify(options.store, print)
+    from mae_et.engine.cores import usable_cores
     from mae_et.packing.packing import pack
     from mae_et.packing.settings import Settings
 
@@ -49,8 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"--keep-bytes resizes and encodes nothing: leave out {named}")
     settings = Settings(**encoding | given, keep_bytes=options.keep_bytes, shard_images=options.shard_images)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if options.workers is None else options.workers
+    workers = usable_cores() if options.workers is None else options.workers
     if workers < 0:
         raise ConfigError(f"--workers {workers}: needs 0 (this process alone) or more")
     data = load_config(None, options.overrides).data
