@@ -1,7 +1,7 @@
 """Resident memory of a run, stage by stage: `python benchmarks/memory.py --run runs/memory [key=value]`.
 
-Starts pretraining as users do and looks at the memory of its processes twice a second: the proportional set size, in
-which shared pages count once. Prints the medians of each stage's second and last tenth, and the most that was seen
+Starts pretraining as users do and looks at the memory of its processes twice a second: pages of their own, those that
+they share in part, and none of files, which other programs may have open as well. Prints the medians of each stage's second and last tenth, and the most that was seen
 from the second on: while a checkpoint is saved, for one.
 """
 
@@ -26,9 +26,9 @@ def tree(pid: int) -> list[int]:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of a process, pages that others share in part."""
+    """Bytes of a process that no file holds, pages that others share in part."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def watch(process: subprocess.Popen[bytes], metrics: Path) -> list[tuple[int, int]]:

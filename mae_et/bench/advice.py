@@ -157,6 +157,7 @@ def advise_workers(stages: Sequence[StageReport], setting: Setting) -> Advice:
     if options:
         notes.append(f"data.downsample=resize takes less of a worker than {setting.downsample}, and is not quite it")
     notes.append("`python -m mae_et pack` makes smaller files of the images, which decode faster (docs/packed.md)")
+    notes.append("pretraining from JPEGs, data.decoder=turbojpeg decodes crops alone, to the same pixels")
     replays = [replay_needed(stage, setting, advised) for stage in stages]
     if max(replays) > setting.replay:
         options["replay.ratio"] = str(replays[0]) if len(set(replays)) == 1 else "auto"
