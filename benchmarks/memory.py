@@ -1,8 +1,8 @@
 """Resident memory of a run, stage by stage: `python benchmarks/memory.py --run runs/memory [key=value]`.
 
 Starts pretraining as users do and looks at the memory of its processes twice a second: pages of their own, those that
-they share in part, and none of files, which other programs may have open as well. Prints the medians of each stage's second and last tenth, and the most that was seen
-from the second on: while a checkpoint is saved, for one.
+they share in part, and none of files, which other programs may have open as well. Prints the medians of each stage's
+second and last tenth, and the most that was seen from the second on: while a checkpoint is saved, for one.
 """
 
 from __future__ import annotations
