@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
 
     By default every tensor above 32 MB is mapped anew, page by page, and zeroed by the kernel, step after step: 45 %
     of the demo's CPU time was spent in the kernel. Kept, its steps run 1.3 to 1.6 times as fast (two Zen 5 cores,
-    alternating runs of benchmarks/step.py, MALLOC_MMAP_MAX_=0 against the default). The process then holds its peak
+    alternating runs of the step alone, MALLOC_MMAP_MAX_=0 against the default). The process then holds its peak
     memory to its end. Does nothing on other C libraries.
     """
     if not sys.platform.startswith("linux"):
